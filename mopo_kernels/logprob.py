@@ -1,0 +1,230 @@
+"""Log-probabilities of target tokens from hidden states and an LM head, or from logits.
+
+The three functions here validate, flatten leading dimensions and hand over to the backend that
+`mopo_kernels.backends` chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mopo_kernels import backends
+
+
+def linear_logprob(
+    hidden: Tensor,  # [*, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [*]
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    grad_filter: float | Literal["auto"] | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [*]
+    """log softmax(hidden · weightᵀ) at the target token, per row; differentiable in hidden, weight and bias.
+
+        z = (hidden · weightᵀ + bias) · logit_scale;   z = softcap · tanh(z / softcap);   z = z / temperature
+        logp = z[target] − log Σ_v exp z_v
+
+    Args:
+        hidden: hidden states [*, H], any floating dtype. Rows whose target is ignored are not read.
+        weight: LM head [V, H], same dtype and device as `hidden`.
+        target: token ids [*], integers in [0, V) or `ignore_index`.
+        bias: [V] or None. −inf masks a token out of the vocabulary.
+        temperature: > 0, divides the logits.
+        softcap: > 0 or None, bounds the logits smoothly (Gemma 2).
+        logit_scale: multiplies the logits before the softcap (Cohere; Granite's divisor is 1 / logit_scale).
+        ignore_index: target value of rows that do not count.
+        grad_filter: in (0, 1), "auto" (eps of the dtype / 32: 2^-12 for bfloat16) or None (exact gradients). The
+            backward may skip blocks of rows × columns whose probabilities are all below it: approximate, opt-in.
+        workspace_bytes: bound on the temporary logits; None leaves it to the backend.
+        backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
+
+    Returns:
+        logp [*], natural logarithm, float32 (float64 for float64 inputs), 0 where the target is ignored.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a target out of range; NaN hidden states or weights.
+    """
+    _check_linear(hidden, weight, target, bias)
+    _check_scales(temperature, softcap, logit_scale)
+    _check_target(target, weight.shape[0], ignore_index)
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
+    run = backends.implementation("linear_logprob", hidden, backend)
+    logp = run(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias=bias,
+        temperature=float(temperature),
+        softcap=softcap,
+        logit_scale=float(logit_scale),
+        ignore_index=ignore_index,
+        grad_filter=_filter_threshold(grad_filter, weight.dtype),
+        workspace_bytes=workspace_bytes,
+    )
+    _check_result(logp, hidden=hidden, weight=weight, bias=bias)
+    return logp.reshape(target.shape)
+
+
+def token_logprob(
+    logits: Tensor,  # [*, V]
+    target: Tensor,  # [*]
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:  # [*]
+    """log softmax(logits) at the target token, per row; differentiable in `logits`.
+
+    For models that hand out logits only; `linear_logprob` needs far less memory where the hidden states can be had.
+
+    Args:
+        logits: [*, V], any floating dtype. Rows whose target is ignored are not read.
+        target, temperature, softcap, ignore_index, backend: as in `linear_logprob`.
+
+    Returns:
+        logp [*], natural logarithm, float32 (float64 for float64 logits), 0 where the target is ignored.
+
+    Raises:
+        ValueError: shapes that do not fit; a target out of range; NaN logits.
+    """
+    if logits.ndim < 1 or logits.shape[:-1] != target.shape:
+        raise ValueError(f"target has shape {list(target.shape)}; logits {list(logits.shape)} need one target per row")
+    _check_floating(logits=logits)
+    _check_scales(temperature, softcap)
+    _check_target(target, logits.shape[-1], ignore_index)
+    run = backends.implementation("token_logprob", logits, backend)
+    logp = run(
+        logits.reshape(-1, logits.shape[-1]),
+        target.reshape(-1),
+        temperature=float(temperature),
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
+    _check_result(logp, logits=logits)
+    return logp.reshape(target.shape)
+
+
+def sequence_logprob(
+    hidden: Tensor,  # [B, L, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [B, L]
+    *,
+    average: bool = False,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    grad_filter: float | Literal["auto"] | None = None,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [B]
+    """Sum over each sequence of `linear_logprob`: log π(y|x) when only the response's tokens are targets.
+
+    Args:
+        hidden: [B, L, H]; position l predicts `target[:, l]` (shift the labels before the call).
+        average: divide by the number of tokens that count (0 for a sequence without any).
+        others: as in `linear_logprob`.
+
+    Returns:
+        logp [B], natural logarithm, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: as `linear_logprob`, and for tensors that are not [B, L, H] and [B, L].
+    """
+    check_sequences(hidden, target)
+    logp = linear_logprob(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        grad_filter=grad_filter,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    ).sum(-1)
+    return logp / (target != ignore_index).sum(-1).clamp(min=1) if average else logp
+
+
+def check_sequences(hidden: Tensor, target: Tensor) -> None:
+    """Raise unless hidden is [B, L, H] and target [B, L]."""
+    if hidden.ndim != 3 or target.ndim != 2:
+        raise ValueError(
+            f"hidden and target have shapes {list(hidden.shape)} and {list(target.shape)}; sequences need "
+            "[B, L, H] and [B, L] (linear_logprob takes flat rows)"
+        )
+
+
+def _filter_threshold(grad_filter: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:
+    """The probability below which a block may be skipped; "auto" is what the dtype's gradient cannot resolve."""
+    if grad_filter == "auto":
+        return torch.finfo(dtype).eps / 32
+    if grad_filter is not None and not 0 < grad_filter < 1:
+        raise ValueError(f"grad_filter={grad_filter} must lie in (0, 1), be 'auto' or None")
+    return grad_filter
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    _check_floating(hidden=hidden, weight=weight)
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit: [*, H] and [V, H]")
+    if hidden.shape[:-1] != target.shape:
+        raise ValueError(f"target has shape {list(target.shape)}; hidden {list(hidden.shape)} needs one target per row")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; weight {list(weight.shape)} needs [{weight.shape[0]}]")
+    if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them")
+    for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
+
+
+def _check_scales(temperature: float, softcap: float | None, logit_scale: float = 1.0) -> None:
+    for name, value in (("temperature", temperature), ("softcap", softcap), ("logit_scale", logit_scale)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be a positive number")
+
+
+def _check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"target has dtype {target.dtype}; give integer token ids")
+    if torch.compiler.is_compiling() or target.numel() == 0:
+        return
+    counts = target[target != ignore_index]
+    bad = counts[(counts < 0) | (counts >= vocab)]
+    if bad.numel():
+        raise ValueError(
+            f"target holds {int(bad[0])}, outside [0, {vocab}) for a head of {vocab} rows; "
+            f"rows that do not count take ignore_index={ignore_index}"
+        )
+
+
+def _check_result(logp: Tensor, **inputs: Tensor | None) -> None:
+    """A NaN log-probability of a counted row can only come from a NaN or infinite input: name the input."""
+    if torch.compiler.is_compiling() or not logp.detach().isnan().any():
+        return
+    for name, tensor in inputs.items():
+        if tensor is not None and not tensor.detach().isfinite().all():
+            what = "NaN" if tensor.detach().isnan().any() else "infinity"
+            raise ValueError(f"{name} holds {what} in rows that count; find the step that diverged before this one")
+    raise ValueError(f"the logits of {', '.join(inputs)} overflow {logp.dtype}; scale the inputs down")
