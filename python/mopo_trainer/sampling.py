@@ -1,0 +1,147 @@
+"""Draw responses from a chat model; run as a module, it makes the demo's data.
+
+    python -m mopo_trainer.sampling                                   # the shipped demo_data/responses.jsonl
+    python -m mopo_trainer.sampling --prompts mine.txt --output mine.jsonl --num-samples 8
+
+The responses go to a JSONL file (`prompt`, `responses`) and the settings that made them to the JSON file beside it.
+"""
+
+import argparse
+import json
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mopo_trainer.files import atomic_path, write_json
+from mopo_trainer.smollm import WHEEL, smollm2
+
+DEMO_DATA = Path(__file__).parent / "demo_data"
+SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")
+
+
+def sample_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    num_samples: int = 4,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_p: float = 0.9,
+    seed: int = 0,
+    batch_size: int = 64,
+    description: str | None = None,
+) -> list[list[str]]:
+    """Samples `num_samples` responses per prompt, each prompt being the user's turn of a chat.
+
+    A response that reaches `max_new_tokens` is cut back to its last full sentence, so that no text breaks off in the
+    middle. The draws depend on `seed` alone, not on the random state outside, which they leave untouched.
+
+    Args:
+        batch_size: sequences generated together (prompts × samples).
+        description: label of the progress bar; None for no bar.
+
+    Returns:
+        responses[prompt][sample].
+    """
+    generate: Any = model.generate
+    prompts_per_batch = max(1, batch_size // num_samples)
+    responses: list[list[str]] = []
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(), tqdm(total=len(prompts), desc=description, disable=description is None) as bar:
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), prompts_per_batch):
+            batch = prompts[start : start + prompts_per_batch]
+            chats = tokenizer.apply_chat_template(
+                [[{"role": "user", "content": prompt}] for prompt in batch], add_generation_prompt=True, tokenize=False
+            )
+            inputs = tokenizer(
+                chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+            ).to(model.device)
+            with torch.no_grad():
+                output = generate(
+                    **inputs,
+                    do_sample=True,
+                    num_return_sequences=num_samples,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=0,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            finished = (new_tokens == tokenizer.eos_token_id).any(dim=1).tolist()
+            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            texts = [text.strip() if done else full_sentences(text) for text, done in zip(texts, finished, strict=True)]
+            responses += [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+            bar.update(len(batch))
+    model.train(was_training)
+    return responses
+
+
+def full_sentences(text: str) -> str:
+    """`text` up to its last sentence end, or all of it where no sentence ends."""
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    return text[: ends[-1]].strip() if ends else text.strip()
+
+
+def write_responses(path: Path, prompts: Sequence[str], responses: Sequence[Sequence[str]], settings: dict) -> None:
+    """Writes the JSONL file `path` and the settings beside it (`.settings.json`), each through a temporary name."""
+    rows = [{"prompt": prompt, "responses": list(texts)} for prompt, texts in zip(prompts, responses, strict=True)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json(path.with_suffix(".settings.json"), settings)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m mopo_trainer.sampling``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mopo_trainer.sampling", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--model", help="a model directory or name (default: SmolLM2-135M-Instruct from PyPI)")
+    parser.add_argument("--prompts", type=Path, default=DEMO_DATA / "prompts.txt", help="one prompt per line")
+    parser.add_argument("--output", type=Path, default=DEMO_DATA / "responses.jsonl")
+    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=64)
+    args = parser.parse_args(argv)
+
+    prompts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    source = args.model or smollm2()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    sampling = {
+        "num_samples": args.num_samples,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+    }
+    responses = sample_responses(model, tokenizer, prompts, description="Sampling", **sampling)
+    settings = {
+        "model": args.model or f"SmolLM2-135M-Instruct ({WHEEL}, dequantised to float32)",
+        **sampling,
+        "cut_responses": "those that reached max_new_tokens end at their last full sentence",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+    }
+    write_responses(args.output, prompts, responses, settings)
+    print(f"{len(prompts)} prompts × {args.num_samples} responses written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
