@@ -1,0 +1,559 @@
+"""The MOPO objective: labels and multipliers to weights, losses, win rates and robust bounds (plain torch).
+
+A batch is B responses in groups (the n >= 2 responses of one prompt). `win_rate[B, K]` holds, per objective, the
+estimated probability that a response beats its prompt's other responses; NaN is "nobody labelled it". With multipliers
+lambda (1 at the primary objective), temperature tau and lag weights omega:
+
+    score       s_i = sum_k lambda_k v_ik
+    reference   r_i = softmax_group(log omega_i)
+    weight      w_i = softmax_group(s_i / tau + log omega_i)         rho_i = w_i / r_i
+
+Weights depend on labels and multipliers only, never on the policy being trained, and carry no gradient. Scores reach
+hundreds once divided by tau, so everything here is computed in float64 and cast to the caller's dtype at the end.
+
+An objective that nobody labelled in a group adds nothing to that group's scores, and the group is left out of that
+objective's averages. Where a group is labelled for some responses only, the others count the neutral 1/2, in scores and
+averages alike, so that win rates remain the derivatives of the dual that `solve_dual` minimises (our choice).
+
+Source: Agnihotri et al., Multi-Objective Preference Optimization, arXiv 2505.10892: Eq. 3 (scores and ratio), Eq. 7
+(clone), the KL-ball bound and Algorithm 1. `contrast` and `regress` are ours.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Normalize = Literal["group", "none"]
+PolicyStep = Literal["clone", "contrast", "regress"]
+
+NEUTRAL = 0.5  # what an unlabelled response counts in a group that is labelled for others
+
+
+@dataclass(frozen=True)
+class MOPOOutput:
+    """One evaluation of the objective. Only `loss` and `logp` carry gradients."""
+
+    loss: Tensor  # [] in the dtype of logp
+    logp: Tensor  # [B]
+    weights: Tensor  # [B] w_i
+    win_rates: Tensor  # [K] G_k, the primary's too; NaN for an objective that the batch does not label
+    lower_bounds: Tensor  # [K] LB_k
+    chi: Tensor  # [K] temperature of the bound: inf at eps = 0, 0 where the KL ball reaches the smallest value
+    ess: Tensor  # [] effective sample size (sum w)^2 / sum w^2, at most B
+    kl: Tensor  # [] mean over groups of KL(w || r): how far the target policy lies from the reference on this batch
+    dropped_mass: Tensor  # [] weight of the responses whose logp was not computed, mean over groups
+
+
+pytree.register_dataclass(MOPOOutput)
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def win_rate_from_pairs(
+    preference: Tensor,  # [P, K] probability that the first response beats the second; NaN = unlabelled
+) -> Tensor:  # [2P, K]
+    """Win rates of P pairs laid out [first..., second...]: v = P for the first response, 1 - P for the second.
+
+    Raises ValueError for a preference outside [0, 1] or not of shape [P, K].
+    """
+    check_probabilities("preference", preference)
+    return torch.cat([preference, 1 - preference])
+
+
+def win_rate_from_comparisons(
+    first: Tensor,  # [C] int64, responses 0 .. num_responses - 1
+    second: Tensor,  # [C] int64
+    preference: Tensor,  # [C, K] probability that `first` beats `second`; NaN = unlabelled
+    num_responses: int,
+) -> Tensor:  # [num_responses, K]
+    """Win rates from comparisons: v_ik is the mean of P_k(i beats j) over the opponents j that i was compared with.
+
+    A response without a comparison for objective k is NaN there. A pair may stand in several rows (one per objective,
+    say) as long as no objective labels it twice. Raises ValueError for that, for a response compared with itself, for
+    an index out of range, and for a preference outside [0, 1].
+    """
+    check_probabilities("preference", preference)
+    _check_comparisons(first, second, preference, num_responses)
+    labelled = ~preference.isnan()
+    wins = torch.where(labelled, preference, 0)
+    losses = torch.where(labelled, 1 - preference, 0)
+    total = (
+        preference.new_zeros(num_responses, preference.shape[1]).index_add(0, first, wins).index_add(0, second, losses)
+    )
+    count = torch.zeros_like(total).index_add(0, torch.cat([first, second]), labelled.to(total.dtype).repeat(2, 1))
+    return torch.where(count > 0, total / count.clamp(min=1), math.nan)
+
+
+# ------------------------------------------------------------------------------------------------------------- groups
+
+
+class Groups(NamedTuple):
+    """Groups as dense segments, with B slots for them, the most there could be: so no shape depends on data."""
+
+    slot: Tensor  # [B] int64, slot of each response's group: 0 .. num_groups - 1
+    size: Tensor  # [B] float64, number of responses in each response's group
+    num_groups: Tensor  # [] float64
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of x[B, ...] over the group of each response: [B, ...]."""
+        return torch.zeros_like(x).index_add(0, self.slot, x)[self.slot]
+
+    def log_softmax(self, x: Tensor) -> Tensor:
+        """log_softmax of x[B] within each group."""
+        lowest = x.detach().new_full(x.shape, -math.inf)
+        shifted = x - lowest.scatter_reduce(0, self.slot, x.detach(), "amax")[self.slot]
+        return shifted - self.sum(shifted.exp()).log()
+
+    def mean_of_sums(self, x: Tensor) -> Tensor:
+        """Mean over groups of the sum of x[B] within the group: []."""
+        return x.sum() / self.num_groups
+
+
+def dense_groups(
+    group: Tensor,  # [B] int64, any ids
+) -> Groups:
+    ids, order = group.sort()
+    starts = torch.zeros_like(ids)
+    starts[1:] = ids[1:] != ids[:-1]
+    sorted_slot = starts.cumsum(0)
+    slot = torch.empty_like(sorted_slot).scatter(0, order, sorted_slot)
+    ones = torch.ones_like(slot, dtype=torch.float64)
+    size = torch.zeros_like(ones).index_add(0, slot, ones)[slot]
+    return Groups(slot, size, sorted_slot[-1].double() + 1)
+
+
+# ------------------------------------------------------------------------------------------------------ target policy
+
+
+class TargetPolicy(NamedTuple):
+    """The optimal policy for fixed multipliers, on the responses of a batch (paper, Policy Extraction). All float64."""
+
+    groups: Groups
+    values: Tensor  # [B, K] v_ik; 0 in a group that objective k does not label
+    labelled: Tensor  # [B, K] bool, whether objective k labels the response's group
+    scores: Tensor  # [B] s_i
+    log_ref: Tensor  # [B] log r_i
+    log_weight: Tensor  # [B] log w_i
+
+    @property
+    def weights(self) -> Tensor:  # [B]
+        return self.log_weight.exp()
+
+    def win_rates(self) -> Tensor:  # [K]
+        """G_k = mean over the groups labelled for k of sum_i w_i v_ik; NaN where there is none."""
+        return (self.weights[:, None] * self.values).sum(0) / self._labelled_groups()
+
+    def ratio_sample(self) -> tuple[Tensor, Tensor]:  # [K, B], [K, B]
+        """The joint (prompt, response) sample of rho_i v_ik and its reference weights, per objective."""
+        ratio = (self.log_weight - self.log_ref).exp()
+        ref_weights = self.labelled * self.log_ref.exp()[:, None] / self._labelled_groups()
+        return (ratio[:, None] * self.values).T, ref_weights.T
+
+    def kl(self) -> Tensor:  # []
+        return self.groups.mean_of_sums(self.weights * (self.log_weight - self.log_ref))
+
+    def ess(self) -> Tensor:  # []
+        return self.weights.sum() ** 2 / (self.weights**2).sum()
+
+    def _labelled_groups(self) -> Tensor:  # [K]
+        return (self.labelled / self.groups.size[:, None]).sum(0)
+
+
+def target_policy(
+    win_rate: Tensor,  # [B, K]
+    group: Tensor,  # [B]
+    multipliers: Tensor,  # [K]
+    *,
+    tau: float,
+    lag_log_ratio: Tensor | None = None,  # [B]
+    normalize: Normalize = "group",
+) -> TargetPolicy:
+    """Scores, reference measure and weights of a validated batch."""
+    groups = dense_groups(group)
+    labels = win_rate.detach().double()
+    labelled = groups.sum((~labels.isnan()).double()) > 0
+    values = torch.where(labelled, labels.nan_to_num(nan=NEUTRAL), 0)
+    scores = values @ multipliers.detach().double()
+    lag = torch.zeros_like(scores) if lag_log_ratio is None else lag_log_ratio.detach().double()
+    log_ref = groups.log_softmax(lag)
+    log_weight = groups.log_softmax(scores / tau + lag) if normalize == "group" else log_ref + scores / tau - 1
+    return TargetPolicy(groups, values, labelled, scores, log_ref, log_weight)
+
+
+def mopo_weights(
+    win_rate: Tensor,  # [B, K] in [0, 1], NaN = unlabelled
+    group: Tensor,  # [B] int64, any ids
+    multipliers: Tensor,  # [K], 1 at the primary
+    *,
+    tau: float,
+    lag_log_ratio: Tensor | None = None,  # [B] log pi_lag - log pi_ref0
+    normalize: Normalize = "group",
+) -> Tensor:  # [B]
+    """Weight of each response, w_i = softmax_group(s_i / tau + log omega_i); sums to 1 in every group. No gradient.
+
+    `normalize="none"` is the paper's printed form r_i exp(s_i / tau - 1), the stationary point before the policy is
+    required to sum to one. Raises ValueError for malformed labels, groups, multipliers or tau. Source: paper, Eq. 3.
+    """
+    _check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
+    _check_choice("normalize", normalize, get_args(Normalize))
+    target = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
+    return target.weights.to(win_rate.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- robust bound
+
+
+def robust_bound(
+    values: Tensor,  # [..., M]
+    ref_weights: Tensor,  # [..., M] >= 0, summing to 1 over the last dimension
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # [...], [...]
+    """The smallest mean of `values` over the KL ball of radius eps around `ref_weights`, and its temperature chi.
+
+        LB = min {E_q[values] : KL(q || ref_weights) <= eps} = max_{chi > 0} -chi log E[exp(-values / chi)] - chi eps
+
+    chi is inf at eps = 0 (the plain mean) and 0 where the ball reaches the smallest value. The bound is differentiable
+    (once) in both tensors; chi is not.
+
+    The paper's eps = 0.15 is wide: on hard-labelled pairs it costs 0.26 of a win rate of 0.5 at rho = 1, while the
+    ratchet's beta = 0.9995 leaves a slack of 2.5e-4, so thresholds are violated from the start. `auto_eps` finds the
+    radius that matches the ratchet.
+
+    Raises ValueError for eps < 0 and for weights that are not a distribution. Source: paper, the KL-ball lower bound.
+    """
+    check_eps(eps)
+    _check_distribution(values, ref_weights)
+    bound, chi = bound_and_chi(values.double(), ref_weights.double(), float(eps))
+    return bound.to(values.dtype), chi.to(values.dtype)
+
+
+def bound_and_chi(values: Tensor, ref_weights: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`robust_bound` of validated float64 tensors."""
+    if eps == 0:
+        mean = (values * ref_weights).sum(-1)
+        return mean, torch.full_like(mean, math.inf)
+    chi = _solve_chi(values.detach(), ref_weights.detach(), eps)
+    lowest = _support_min(values, ref_weights)
+    bound = bound_at(values, ref_weights, torch.where(chi > 0, chi, 1), eps)
+    return torch.where(chi > 0, bound, lowest), chi
+
+
+def bound_at(values: Tensor, ref_weights: Tensor, chi: Tensor, eps: float) -> Tensor:
+    """-chi log E[exp(-values / chi)] - chi eps, a lower bound at any chi[...] > 0."""
+    lowest = _support_min(values, ref_weights)
+    excess = (values - lowest[..., None]).clamp(min=0)
+    log_mean = (ref_weights * (-excess / chi[..., None]).exp()).sum(-1).log()
+    return lowest - chi * (log_mean + eps)
+
+
+def tilt(values: Tensor, ref_weights: Tensor, inverse_chi: Tensor) -> tuple[Tensor, Tensor]:
+    """The tilted distribution q ~ ref_weights exp(-values / chi): q[..., M] and KL(q || ref_weights)[...]."""
+    lowest = _support_min(values, ref_weights)
+    exponent = -inverse_chi[..., None] * (values - lowest[..., None]).clamp(min=0)
+    unnormalised = ref_weights * exponent.exp()
+    mass = unnormalised.sum(-1)
+    q = unnormalised / mass[..., None]
+    return q, (q * exponent).sum(-1) - mass.log()
+
+
+@torch.library.custom_op("mopo_kernels::solve_chi", mutates_args=())
+def _solve_chi(values: Tensor, ref_weights: Tensor, eps: float) -> Tensor:
+    """chi[...] with KL(q_chi || ref_weights) = eps, or 0 where no tilt is that far.
+
+    An op, so that torch.compile need not unroll an iteration whose length depends on data. KL grows with t = 1/chi from
+    0 to -log(mass of the smallest value), and sqrt(KL) is nearly linear in t at first: Newton on sqrt(KL), inside a
+    bracket, with doubling or bisection wherever a step would leave it.
+    """
+    lowest = _support_min(values, ref_weights)[..., None]
+    scale = (values - lowest).where(ref_weights > 0, 0).amax(-1)
+    shifted = ((values - lowest) / scale.clamp(min=torch.finfo(values.dtype).tiny)[..., None]).clamp(min=0)
+    reaches_lowest = (scale == 0) | ((ref_weights * (values <= lowest)).sum(-1).log() >= -eps)
+
+    mean = (ref_weights * shifted).sum(-1)
+    variance = (ref_weights * (shifted - mean[..., None]) ** 2).sum(-1)
+    t = (2 * eps / variance.clamp(min=1e-30)).sqrt()
+    low, high = torch.zeros_like(t), torch.full_like(t, math.inf)
+    done = reaches_lowest
+    for _ in range(MAX_CHI_STEPS):
+        q, kl = tilt(shifted, ref_weights, t)
+        low, high = torch.where(kl < eps, t, low), torch.where(kl < eps, high, t)
+        mean = (q * shifted).sum(-1)
+        slope = t * (q * (shifted - mean[..., None]) ** 2).sum(-1)  # dKL/dt
+        newton = t - 2 * (kl - (kl * eps).sqrt()) / slope
+        middle = torch.where(high.isinf(), 2 * t, (low + high) / 2)
+        done = done | ((kl - eps).abs() <= CHI_TOLERANCE * eps) | (high - low <= CHI_TOLERANCE * low)
+        if done.all():
+            break
+        t = torch.where(done, t, torch.where((newton > low) & (newton < high), newton, middle))
+    return torch.where(reaches_lowest, 0, scale / t)
+
+
+@_solve_chi.register_fake
+def _(values: Tensor, ref_weights: Tensor, eps: float) -> Tensor:
+    return values.new_empty(values.shape[:-1])
+
+
+MAX_CHI_STEPS = 200  # a dozen in practice; doubling and bisection alone need fewer than this
+CHI_TOLERANCE = 1e-12  # relative error of the radius; the bound's error is of second order in it
+
+
+def _support_min(values: Tensor, ref_weights: Tensor) -> Tensor:
+    return torch.where(ref_weights > 0, values, math.inf).amin(-1)
+
+
+def target_bounds(target: TargetPolicy, eps: float) -> tuple[Tensor, Tensor]:  # [K], [K]
+    """LB_k and chi_k of a target policy; NaN for an objective that the batch does not label."""
+    values, ref_weights = target.ratio_sample()
+    unlabelled = ~target.labelled.any(0)
+    bound, chi = bound_and_chi(values, torch.where(unlabelled[:, None], 1 / values.shape[1], ref_weights), eps)
+    return torch.where(unlabelled, math.nan, bound), torch.where(unlabelled, math.nan, chi)
+
+
+# -------------------------------------------------------------------------------------------------------- policy step
+
+
+def mopo_objective(
+    logp: Tensor,  # [B] log pi(y_i | x), sums over the response's tokens
+    win_rate: Tensor,  # [B, K] in [0, 1], NaN = unlabelled
+    group: Tensor,  # [B] int64, any ids; every group has at least two responses
+    multipliers: Tensor,  # [K], 1 at the primary
+    *,
+    tau: float,
+    eps: float = 0.0,
+    ref_logp: Tensor | None = None,  # [B] log pi_ref(y_i | x), for contrast and regress
+    lag_log_ratio: Tensor | None = None,  # [B] log pi_lag - log pi_ref0
+    policy_step: PolicyStep = "clone",
+    primary: int = 0,
+    normalize: Normalize = "group",
+    kept: Tensor | None = None,  # [B] bool, responses whose logp was computed (clone only)
+) -> MOPOOutput:
+    """The MOPO loss of a batch and the estimates that move the multipliers. With h_i = logp_i - ref_logp_i:
+
+        clone     -mean_groups sum_i w_i logp_i
+        contrast  -mean_groups sum_i w_i log softmax_group(h)_i
+        regress   mean_groups mean_{i<j} (h_i - h_j - (n-1)/n (s_i - s_j) / tau)^2
+
+    All three have the same optimum in the tabular limit. The factor (n-1)/n makes `regress` unbiased when labels are
+    single draws; without it pairs would overshoot twofold, which is IPO's 1/(2 tau). `clone` and `contrast` see the exp
+    of an estimated win rate, which is no estimate of the exp: with few opponents they aim sharper than the optimum.
+
+    `kept` leaves responses out of the `clone` loss, those whose weight is too small to be worth a forward pass; their
+    weight is reported as `dropped_mass`. `eps` is the radius of the bounds' KL ball, see `robust_bound`.
+
+    The loss is in the dtype of `logp`, weights and estimates in that of `win_rate`. Raises ValueError for malformed
+    arguments, unless called under torch.compile, where values cannot be looked at.
+    Source: paper, Eq. 7 (clone); contrast is DPO's and regress is IPO's loss with several objectives (ours).
+    """
+    _check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
+    check_eps(eps)
+    check_primary(multipliers, primary)
+    _check_choice("normalize", normalize, get_args(Normalize))
+    _check_choice("policy_step", policy_step, get_args(PolicyStep))
+    _check_logp(logp, ref_logp, kept, policy_step, win_rate.shape[0])
+
+    target = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
+    loss, dropped_mass = _policy_loss(logp, ref_logp, target, tau, policy_step, kept)
+    lower_bounds, chi = target_bounds(target, float(eps))
+    dtype = win_rate.dtype
+    return MOPOOutput(
+        loss=loss.to(logp.dtype),
+        logp=logp,
+        weights=target.weights.to(dtype),
+        win_rates=target.win_rates().to(dtype),
+        lower_bounds=lower_bounds.to(dtype),
+        chi=chi.to(dtype),
+        ess=target.ess().to(dtype),
+        kl=target.kl().to(dtype),
+        dropped_mass=dropped_mass.to(dtype),
+    )
+
+
+def _policy_loss(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    target: TargetPolicy,
+    tau: float,
+    policy_step: PolicyStep,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the dropped weight, both []."""
+    groups, weights = target.groups, target.weights
+    logp = logp.double()
+    nothing_dropped = torch.zeros_like(target.groups.num_groups)
+    if policy_step == "clone":
+        if kept is None:
+            return -groups.mean_of_sums(weights * logp), nothing_dropped
+        loss = -groups.mean_of_sums(torch.where(kept, weights * torch.where(kept, logp, 0), 0))
+        return loss, groups.mean_of_sums(torch.where(kept, 0, weights))
+
+    assert ref_logp is not None
+    log_ratio = logp - ref_logp.double()
+    if policy_step == "contrast":
+        return -groups.mean_of_sums(weights * groups.log_softmax(log_ratio)), nothing_dropped
+    size = groups.size
+    error = log_ratio - (size - 1) / size * target.scores / tau
+    centred = error - groups.sum(error) / size
+    # The mean over the n(n-1)/2 pairs of squared differences is 2/(n-1) times the sum of squared deviations.
+    return groups.mean_of_sums(2 / (size - 1) * centred**2), nothing_dropped
+
+
+# --------------------------------------------------------------------------------------------------------- validators
+# One per concept. Values of tensors are looked at in eager mode only: torch.compile has none.
+
+
+def check_probabilities(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor [rows, objectives]; got {x.dtype} {tuple(x.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    wrong = (x < 0) | (x > 1)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} must lie in [0, 1], or be NaN where unlabelled; got {x[row, column].item():g} "
+            f"in row {row}, objective {column}"
+        )
+
+
+def check_groups(group: Tensor, num_responses: int) -> None:
+    if group.shape != (num_responses,) or group.dtype != torch.int64 or num_responses == 0:
+        raise ValueError(
+            f"group must be an int64 tensor with one id for each of the {num_responses} (at least 2) responses; "
+            f"got {group.dtype} {tuple(group.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    alone = dense_groups(group).size == 1
+    if alone.any():
+        raise ValueError(
+            f"group {group[alone][0].item()} has one response: a preference needs two; "
+            "drop the prompt or add a response"
+        )
+
+
+def check_lag(lag_log_ratio: Tensor | None, num_responses: int) -> None:
+    if lag_log_ratio is None:
+        return
+    if lag_log_ratio.shape != (num_responses,):
+        raise ValueError(
+            f"lag_log_ratio must have one entry for each of the {num_responses} responses; "
+            f"got {tuple(lag_log_ratio.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not lag_log_ratio.isfinite().all():
+        raise ValueError("lag_log_ratio must be finite: clip it where a log-probability is -inf or NaN")
+
+
+def check_tau(tau: float) -> None:
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau must be a positive number; got {tau}")
+
+
+def check_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a number >= 0 (0 switches the robust bound off); got {eps}")
+
+
+def check_primary(multipliers: Tensor, primary: int) -> None:
+    if not 0 <= primary < multipliers.numel():
+        raise ValueError(f"primary must be an objective 0 .. {multipliers.numel() - 1}; got {primary}")
+    if not torch.compiler.is_compiling() and multipliers[primary] != 1:
+        raise ValueError(
+            f"multipliers must be 1 at the primary objective {primary}; got {multipliers[primary].item():g}: "
+            "divide all of them by it, or change tau"
+        )
+
+
+def _check_batch(
+    win_rate: Tensor, group: Tensor, multipliers: Tensor, tau: float, lag_log_ratio: Tensor | None
+) -> None:
+    check_probabilities("win_rate", win_rate)
+    check_groups(group, win_rate.shape[0])
+    check_lag(lag_log_ratio, win_rate.shape[0])
+    check_tau(tau)
+    _check_multipliers(multipliers, win_rate.shape[1])
+
+
+def _check_multipliers(multipliers: Tensor, num_objectives: int) -> None:
+    if multipliers.shape != (num_objectives,):
+        raise ValueError(
+            f"multipliers must have one entry for each of win_rate's {num_objectives} objectives, the primary's too; "
+            f"got {tuple(multipliers.shape)}"
+        )
+    if not torch.compiler.is_compiling() and not ((multipliers >= 0) & multipliers.isfinite()).all():
+        raise ValueError(f"multipliers must be finite and >= 0; got {multipliers.tolist()}")
+
+
+def _check_comparisons(first: Tensor, second: Tensor, preference: Tensor, num_responses: int) -> None:
+    shape = (preference.shape[0],)
+    if first.shape != shape or second.shape != shape:
+        raise ValueError(
+            f"first and second must have one index for each of preference's {shape[0]} rows; "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if torch.compiler.is_compiling() or shape[0] == 0:
+        return
+    for name, index in (("first", first), ("second", second)):
+        if not ((index >= 0) & (index < num_responses)).all():
+            raise ValueError(f"{name} must hold responses 0 .. {num_responses - 1}; got {index.min()} .. {index.max()}")
+    if (first == second).any():
+        row = int((first == second).nonzero()[0])
+        raise ValueError(f"comparison {row} compares response {first[row]} with itself: drop it")
+    pair = torch.minimum(first, second) * num_responses + torch.maximum(first, second)
+    for objective in range(preference.shape[1]):
+        pairs, labels = pair[~preference[:, objective].isnan()].unique(return_counts=True)
+        if (labels > 1).any():
+            low, high = divmod(int(pairs[labels > 1][0]), num_responses)
+            raise ValueError(
+                f"responses {low} and {high} are compared twice for objective {objective}: average their labels first"
+            )
+
+
+def _check_distribution(values: Tensor, ref_weights: Tensor) -> None:
+    if values.shape != ref_weights.shape or values.dim() == 0 or not values.is_floating_point():
+        raise ValueError(
+            f"values and ref_weights must be floating-point tensors of one shape [..., M]; "
+            f"got {tuple(values.shape)} and {tuple(ref_weights.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if not values.isfinite().all():
+        raise ValueError("values must be finite")
+    total = ref_weights.double().sum(-1)
+    if (ref_weights < 0).any() or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
+        raise ValueError("ref_weights must be >= 0 and sum to 1 over the last dimension: divide them by their sum")
+
+
+def _check_logp(
+    logp: Tensor, ref_logp: Tensor | None, kept: Tensor | None, policy_step: PolicyStep, num_responses: int
+) -> None:
+    for name, x in (("logp", logp), ("ref_logp", ref_logp), ("kept", kept)):
+        if x is not None and x.shape != (num_responses,):
+            raise ValueError(
+                f"{name} must have one entry for each of the {num_responses} responses; got {tuple(x.shape)}"
+            )
+    if policy_step != "clone" and ref_logp is None:
+        raise ValueError(f"policy_step={policy_step!r} needs ref_logp, the reference policy's log-probabilities")
+    if policy_step != "clone" and kept is not None:
+        raise ValueError(f"policy_step={policy_step!r} needs every response's logp: kept works with 'clone' only")
+    if torch.compiler.is_compiling():
+        return
+    for name, x in (("logp", logp), ("ref_logp", ref_logp)):
+        if x is None:
+            continue
+        bad = ~x.isfinite() if kept is None else kept & ~x.isfinite()
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name} of response {row} is {x[row].item()}: the policy's hidden states or logits are not finite, "
+                "or the response is empty"
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
