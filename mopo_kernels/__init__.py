@@ -1,5 +1,25 @@
 """Fused, memory-flat operations for multi-objective preference optimisation (MOPO, arXiv 2505.10892)."""
 
 from mopo_kernels.logprob import linear_logprob, sequence_logprob, token_logprob
+from mopo_kernels.loss import mopo_loss
+from mopo_kernels.objective import (
+    MOPOOutput,
+    mopo_objective,
+    mopo_weights,
+    robust_bound,
+    win_rate_from_comparisons,
+    win_rate_from_pairs,
+)
 
-__all__ = ["linear_logprob", "sequence_logprob", "token_logprob"]
+__all__ = [
+    "MOPOOutput",
+    "linear_logprob",
+    "mopo_loss",
+    "mopo_objective",
+    "mopo_weights",
+    "robust_bound",
+    "sequence_logprob",
+    "token_logprob",
+    "win_rate_from_comparisons",
+    "win_rate_from_pairs",
+]

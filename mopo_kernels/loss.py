@@ -1,8 +1,8 @@
 """mopo_loss: the multi-objective preference loss straight from hidden states.
 
-    weights w   from labels and multipliers alone        (mopo_weights)
-    log π(y|x)  of the sequences whose weight counts     (sequence_logprob: fused LM head, no [tokens, vocab] tensor)
-    loss        clone, contrast or regress               (mopo_objective)
+weights w   from labels and multipliers alone        (mopo_weights)
+log π(y|x)  of the sequences whose weight counts     (sequence_logprob: fused LM head, no [tokens, vocab] tensor)
+loss        clone, contrast or regress               (mopo_objective)
 """
 
 from __future__ import annotations
@@ -84,17 +84,18 @@ def mopo_loss(
     check_sequences(hidden, target)
     batch = win_rate.shape[0]
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
-    weights = mopo_weights(
-        win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize, primary=primary
-    )
-    kept = weights > min_weight if policy_step == "clone" else torch.ones_like(weights, dtype=torch.bool)
-    if index is not None:
-        kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
-    counted = kept if index is None else kept[index]
+    labels = {"tau": tau, "lag_log_ratio": lag_log_ratio, "normalize": normalize}
+    kept = None
+    if policy_step == "clone":
+        kept = mopo_weights(win_rate, group, multipliers, **labels) > min_weight
+        if index is not None:
+            kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
+        here = kept if index is None else kept[index]
+        target = target.masked_fill(~here.unsqueeze(-1), ignore_index)
     logp = sequence_logprob(
         hidden,
         weight,
-        target.masked_fill(~counted.unsqueeze(-1), ignore_index),
+        target,
         average=average,
         bias=bias,
         temperature=temperature,
@@ -105,19 +106,21 @@ def mopo_loss(
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
+    if index is not None:
+        logp = logp.new_zeros(batch).index_copy(0, index, logp)
+    if kept is not None:
+        logp = logp.masked_fill(~kept, torch.nan)
     return mopo_objective(
-        logp if index is None else logp.new_zeros(batch).index_copy(0, index, logp),
+        logp,
         win_rate,
         group,
         multipliers,
-        tau=tau,
         eps=eps,
         ref_logp=ref_logp,
-        lag_log_ratio=lag_log_ratio,
         policy_step=policy_step,
         primary=primary,
-        normalize=normalize,
         kept=kept,
+        **labels,
     )
 
 

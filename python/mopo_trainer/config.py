@@ -1,0 +1,153 @@
+"""MOPOConfig: the Hugging Face TrainingArguments plus what multi-objective preference optimisation needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class MOPOConfig(TrainingArguments):
+    """Arguments of MOPOTrainer: every TrainingArguments field, and those below.
+
+    `per_device_train_batch_size` counts groups (prompts), each with all its responses. Three defaults differ from
+    TrainingArguments: `logging_steps` is 1, `remove_unused_columns` is False, `per_device_train_batch_size` is 4.
+
+    Raises:
+        ValueError: a value out of its range, with the mend.
+    """
+
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Groups (prompts) per device and step."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the columns are labels."})
+
+    primary: str | None = field(default=None, metadata={"help": "Name of the objective to maximise."})
+    thresholds: list[str] | None = field(
+        default=None,
+        metadata={"help": "Win rates to hold for the secondaries: `--thresholds brevity=0.6 plain_language=0.5`."},
+    )
+    tau: float = field(default=0.08, metadata={"help": "Temperature of the KL penalty (paper: 0.08)."})
+    eps: str = field(
+        default="0",
+        metadata={
+            "help": "Radius of the robust bound's KL ball, or 'auto'. The paper's 0.15 makes most thresholds "
+            "infeasible on small groups: check with `mopo solve --eps` first."
+        },
+    )
+    policy_step: str = field(
+        default="clone",
+        metadata={
+            "help": "clone (weighted log-likelihood), contrast (DPO-like), regress (IPO-like).",
+            "choices": ["clone", "contrast", "regress"],
+        },
+    )
+    dual_update: str = field(
+        default="exact",
+        metadata={
+            "help": "How the multipliers move: exact (Newton on all labels), sgd (Algorithm 1), barrier (MOPO-LB).",
+            "choices": ["exact", "sgd", "barrier"],
+        },
+    )
+    lag_steps: int | None = field(
+        default=None,
+        metadata={"help": "Refresh the reference policy every so many steps (paper: 500); never if unset."},
+    )
+    lag_clip: float = field(default=10.0, metadata={"help": "Bound on |log π_lag − log π_ref| per response."})
+    ratchet_beta: float = field(
+        default=0.9995, metadata={"help": "At a refresh, thresholds rise to this share of what was reached."}
+    )
+    multiplier_lr: float = field(default=0.1, metadata={"help": "sgd: step size of the multipliers."})
+    chi_lr: float = field(default=0.01, metadata={"help": "sgd: step size of the robust bound's variable."})
+    barrier_sigma: float = field(default=0.01, metadata={"help": "barrier: strength, multiplier = sigma / slack."})
+    barrier_delta: float = field(default=0.01, metadata={"help": "barrier: slack below which it is extended."})
+    min_weight: float = field(
+        default=1e-5, metadata={"help": "clone: responses of this weight or less never enter the model."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Tokens per prompt + response; longer are cut."})
+    max_prompt_length: int | None = field(default=512, metadata={"help": "Tokens per prompt; cut from the left."})
+    as_chat: bool = field(
+        default=False, metadata={"help": "Put plain-text prompts and responses into the model's chat template."}
+    )
+    scorers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Objectives computed from the text: `brevity`, `short=brevity`, `name=module:function`."},
+    )
+    rating_scale: float | None = field(
+        default=None, metadata={"help": "P = sigmoid(rating difference / scale) instead of 1, ½, 0."}
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where reference log-probs are kept; default <output_dir>/reference."}
+    )
+    workspace_bytes: int | None = field(default=None, metadata={"help": "Bound on the LM head's temporary memory."})
+    grad_filter: float | None = field(
+        default=None, metadata={"help": "Skip blocks of smaller probability in the head's backward (approximate)."}
+    )
+    backend: str | None = field(default=None, metadata={"help": "Force a kernel backend; see `mopo doctor`."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tau", "multiplier_lr", "chi_lr", "barrier_sigma", "barrier_delta", "lag_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if not 0 <= self.min_weight < 1:
+            raise ValueError(f"min_weight={self.min_weight} must lie in [0, 1)")
+        if not 0 < self.ratchet_beta <= 1:
+            raise ValueError(f"ratchet_beta={self.ratchet_beta} must lie in (0, 1]")
+        if self.lag_steps is not None and self.lag_steps < 1:
+            raise ValueError(f"lag_steps={self.lag_steps} must be at least 1; leave it unset for no refresh")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop the labels; leave it False")
+        self.robust_radius()
+        self.threshold_map()
+
+    def threshold_map(self) -> dict[str, float]:
+        """The thresholds as {objective: win rate}."""
+        return parse_thresholds(self.thresholds)
+
+    def robust_radius(self) -> float | Literal["auto"]:
+        """`eps` as a number or "auto"."""
+        if self.eps == "auto":
+            return "auto"
+        try:
+            radius = float(self.eps)
+        except ValueError:
+            radius = math.nan
+        if not 0 <= radius < math.inf:
+            raise ValueError(f"eps={self.eps!r} must be a number ≥ 0 or 'auto'")
+        return radius
+
+
+def parse_thresholds(thresholds: Mapping[str, float] | list[str] | None) -> dict[str, float]:
+    """{objective: win rate} from a mapping or from "name=value" strings.
+
+    Raises:
+        ValueError: an entry without "=", a value that is no win rate, or a name given twice.
+    """
+    pairs = thresholds.items() if isinstance(thresholds, Mapping) else map(_split_threshold, thresholds or [])
+    parsed: dict[str, float] = {}
+    for name, value in pairs:
+        if name in parsed:
+            raise ValueError(f"thresholds name {name!r} twice; give each objective one threshold")
+        parsed[name] = _win_rate(name, value)
+    return parsed
+
+
+def _split_threshold(entry: str) -> tuple[str, str]:
+    name, equals, value = entry.partition("=")
+    if not name or not equals:
+        raise ValueError(f"threshold {entry!r} is not of the form objective=value, for example brevity=0.6")
+    return name, value
+
+
+def _win_rate(name: str, value: float | str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise ValueError(f"threshold {name}={value} is not a win rate; give a number in [0, 1]")
+    return number

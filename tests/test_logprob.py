@@ -1,0 +1,246 @@
+"""linear_logprob, token_logprob, sequence_logprob against an independent float64 formula, and their errors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mopo_kernels import linear_logprob, sequence_logprob, token_logprob
+
+OPTIONS = [  # each option alone, then all together
+    {},
+    {"bias": True},
+    {"temperature": 0.7},
+    {"softcap": 5.0},
+    {"logit_scale": 0.25},
+    {"bias": True, "temperature": 1.6, "softcap": 8.0, "logit_scale": 2.0},
+]
+SHAPES = [  # N, H, V
+    (1, 1, 1),  # a vocabulary of one: log-prob 0, no gradient
+    (3, 5, 2),
+    (17, 8, 129),  # one past a block of 128
+    (130, 16, 257),
+]
+
+
+def make(n, h, v, *, dtype=torch.float64, seed=0, bias=False):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(v, h, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    b = torch.randn(v, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    target = torch.randint(0, v, (n,), generator=generator)
+    target[1::4] = -100
+    return hidden, weight, b, target
+
+
+def formula(hidden, weight, bias, target, *, temperature=1.0, softcap=None, logit_scale=1.0):
+    """Row by row, in float64, without any trick."""
+    rows = []
+    for h, t in zip(hidden.double(), target.tolist(), strict=True):
+        if t == -100:
+            rows.append(h.sum() * 0)
+            continue
+        z = (weight.double() * h).sum(-1)
+        z = (z + (0 if bias is None else bias.double())) * logit_scale
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        p = torch.softmax(z / temperature, -1)
+        rows.append(p[t].log())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_forward_and_gradients_match_the_formula(shape, options):
+    options = dict(options)
+    hidden, weight, bias, target = make(*shape, bias=options.pop("bias", False))
+    upstream = torch.randn(shape[0], dtype=torch.float64)
+    inputs = [x for x in (hidden, weight, bias) if x is not None]
+    logp = linear_logprob(hidden, weight, target, bias=bias, **options)
+    expected = formula(hidden, weight, bias, target, **options)
+    torch.testing.assert_close(logp, expected, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(logp, inputs, upstream)
+    theirs = torch.autograd.grad(expected, inputs, upstream)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_gradcheck():
+    hidden, weight, bias, target = make(6, 4, 7, bias=True)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_logprob(h, w, target, bias=b, softcap=3.0, temperature=0.8), (hidden, weight, bias)
+    )
+    assert torch.autograd.gradcheck(lambda z: token_logprob(z, target, softcap=3.0), (make(6, 7, 1)[0],))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_twice_the_error_of_eager(dtype):
+    hidden, weight, _, target = make(64, 32, 300, dtype=dtype)
+    truth = formula(hidden, weight, None, target)
+    eager = torch.log_softmax(torch.nn.functional.linear(hidden, weight), -1)
+    eager = eager.gather(-1, target.clamp(min=0)[:, None])[:, 0].where(target != -100, 0)
+    logp = linear_logprob(hidden, weight, target)
+    assert logp.dtype == torch.float32
+
+    def error(x):
+        return (x.double() - truth).norm() / truth.norm()
+
+    assert error(logp) <= max(2 * error(eager), 2e-6)
+    if dtype == torch.float32:
+        assert error(logp) <= 2e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 9),
+    h=st.integers(1, 7),
+    v=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    block=st.integers(1, 200),
+)
+def test_blocks_of_rows_change_nothing(n, h, v, seed, block):
+    hidden, weight, _, target = make(n, h, v, seed=seed)
+    whole = linear_logprob(hidden, weight, target)
+    parts = linear_logprob(hidden, weight, target, workspace_bytes=block * 8)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
+    upstream = torch.randn(n, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(parts, (hidden, weight), upstream),
+        torch.autograd.grad(whole, (hidden, weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shift=st.floats(-1e4, 1e4), seed=st.integers(0, 10**6))
+def test_shifting_all_logits_of_a_row_changes_nothing(shift, seed):
+    logits = make(5, 11, 1, seed=seed)[0].detach()
+    target = torch.tensor([0, 10, -100, 5, 3])
+    torch.testing.assert_close(token_logprob(logits + shift, target), token_logprob(logits, target), rtol=0, atol=1e-9)
+
+
+def test_ignored_rows_are_zero_and_never_read():
+    hidden, weight, _, target = make(8, 4, 9)
+    poisoned = hidden.detach().clone()
+    poisoned[target == -100] = float("nan")
+    poisoned.requires_grad_()
+    logp = linear_logprob(poisoned, weight, target)
+    assert (logp[target == -100] == 0).all()
+    grad_hidden, grad_weight = torch.autograd.grad(logp.sum(), (poisoned, weight))
+    assert (grad_hidden[target == -100] == 0).all()
+    assert grad_weight.isfinite().all()
+
+
+def test_all_rows_ignored():
+    hidden, weight, _, target = make(4, 3, 5)
+    logp = linear_logprob(hidden, weight, torch.full_like(target, -100))
+    assert (logp == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(logp.sum(), (hidden, weight)))
+
+
+def test_infinite_and_huge_logits():
+    logits = torch.tensor([[-math.inf, 0.0, 1.0], [3e38, 0.0, -3e38], [-math.inf, 2.0, -math.inf]], requires_grad=True)
+    logp = token_logprob(logits, torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(logp, torch.tensor([-math.log1p(math.exp(-1)), 0.0, 0.0]))
+    assert torch.autograd.grad(logp.sum(), logits)[0].isfinite().all()
+    assert token_logprob(logits, torch.tensor([0, 0, 1]))[0] == -math.inf
+
+
+def test_masked_vocabulary_through_the_bias():
+    hidden, weight, _, target = make(6, 4, 5)
+    target = target.where(target != 2, 1)
+    bias = torch.zeros(5, dtype=torch.float64).index_fill(0, torch.tensor([2]), -math.inf)
+    others = torch.tensor([0, 1, 3, 4])
+    renumbered = target.where(target < 2, target - 1).where(target != -100, -100)
+    torch.testing.assert_close(
+        linear_logprob(hidden, weight, target, bias=bias), linear_logprob(hidden, weight[others], renumbered)
+    )
+
+
+def test_leading_dimensions_and_strides():
+    hidden, weight, _, target = make(12, 4, 9)
+    flat = linear_logprob(hidden, weight, target)
+    assert linear_logprob(hidden.view(2, 3, 2, 4), weight, target.view(2, 3, 2)).shape == (2, 3, 2)
+    strided = torch.empty(12, 8, dtype=torch.float64)[:, ::2].copy_(hidden.detach())
+    transposed = weight.detach().T.contiguous().T
+    torch.testing.assert_close(linear_logprob(strided, transposed, target), flat.detach())
+
+
+def test_sequence_logprob_sums_and_averages():
+    hidden, weight, _, target = make(12, 4, 9)
+    target[8:] = -100
+    rows = linear_logprob(hidden, weight, target).view(3, 4)
+    counts = (target.view(3, 4) != -100).sum(-1)
+    total = sequence_logprob(hidden.view(3, 4, 4), weight, target.view(3, 4))
+    torch.testing.assert_close(total, rows.sum(-1))
+    mean = sequence_logprob(hidden.view(3, 4, 4), weight, target.view(3, 4), average=True)
+    torch.testing.assert_close(mean[:2], rows.sum(-1)[:2] / counts[:2])
+    assert mean[2] == 0
+
+
+def test_grad_filter_drops_small_blocks_only():
+    """Logits so peaked that one block of columns holds all probability: the other block's gradient is dropped."""
+    weight = torch.zeros(256, 2, dtype=torch.float64)
+    weight[:128, 0], weight[128:, 1] = 1.0, 1.0
+    hidden = torch.tensor([[20.0, 0.0]], dtype=torch.float64)
+    target = torch.tensor([200])  # in the small block: its own gradient must stay
+    exact, filtered = (
+        torch.autograd.grad(
+            linear_logprob(hidden, weight.requires_grad_(), target, grad_filter=threshold).sum(), weight
+        )[0]
+        for threshold in (None, 1e-6)
+    )
+    torch.testing.assert_close(filtered[:128], exact[:128])
+    assert (exact[128:200] != 0).any()
+    assert (filtered[128:200] == 0).all()
+    torch.testing.assert_close(filtered[200], exact[200], rtol=1e-6, atol=0)
+
+
+def test_auto_grad_filter_is_below_what_the_dtype_resolves():
+    hidden, weight, _, target = make(32, 8, 400, dtype=torch.bfloat16)
+    exact = torch.autograd.grad(linear_logprob(hidden, weight, target).sum(), weight)[0].float()
+    filtered = torch.autograd.grad(linear_logprob(hidden, weight, target, grad_filter="auto").sum(), weight)[0].float()
+    assert (filtered - exact).norm() <= 2**-7 * exact.norm()
+
+
+BAD = [
+    ({"target": torch.tensor([0, 9, -100])}, r"target holds 9, outside \[0, 9\)"),
+    ({"target": torch.tensor([0, -1, -100])}, r"target holds -1, outside \[0, 9\)"),
+    ({"target": torch.tensor([0.0, 1.0, 2.0])}, "target has dtype torch.float32"),
+    ({"target": torch.tensor([0, 1])}, r"target has shape \[2\]"),
+    ({"weight": torch.randn(9, 5)}, r"hidden \[3, 4\] and weight \[9, 5\] do not fit"),
+    ({"weight": torch.randn(9, 4).double()}, "hidden is torch.float32 and weight torch.float64"),
+    ({"hidden": torch.ones(3, 4, dtype=torch.long)}, "hidden has dtype torch.int64"),
+    ({"bias": torch.zeros(8)}, r"bias has shape \[8\]"),
+    ({"temperature": 0.0}, "temperature=0.0 must be a positive number"),
+    ({"softcap": -1.0}, "softcap=-1.0 must be a positive number"),
+    ({"logit_scale": float("nan")}, "logit_scale=nan must be a positive number"),
+    ({"workspace_bytes": 0}, "workspace_bytes=0 must be positive"),
+    ({"grad_filter": 1.5}, "grad_filter=1.5 must lie in"),
+    ({"backend": "fast"}, "backend='fast' cannot run linear_logprob on cpu"),
+    ({"hidden": torch.tensor([[1.0, 2, 3, 4], [float("nan"), 0, 0, 0], [0, 0, 0, 0]])}, "hidden holds NaN"),
+    ({"hidden": torch.full((3, 4), math.inf)}, "hidden holds infinity"),
+    ({"weight": torch.full((9, 4), float("nan"))}, "weight holds NaN"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_input_is_named(wrong, message):
+    good = {"hidden": torch.randn(3, 4), "weight": torch.randn(9, 4), "target": torch.tensor([0, 8, -100])}
+    linear_logprob(**good)
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**{**good, **wrong})
+
+
+def test_environment_names_the_backend(monkeypatch):
+    monkeypatch.setenv("MOPO_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="MOPO_BACKEND='nonsense' cannot run"):
+        token_logprob(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+def test_sequences_need_three_dimensions():
+    with pytest.raises(ValueError, match=r"sequences need \[B, L, H\] and \[B, L\]"):
+        sequence_logprob(torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 8, 1]))
+    with pytest.raises(ValueError, match="need one target per row"):
+        token_logprob(torch.randn(3, 4), torch.tensor([0, 1]))
