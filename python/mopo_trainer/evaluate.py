@@ -15,21 +15,14 @@ As in training, a response that a labelled group leaves unlabelled counts ½, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from peft import PeftModel
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from mopo_kernels import sequence_logprob
-
-Scorer = Callable[[str, str], float]
+from mopo_trainer.scorers import Scorer
 
 
 class Interval(NamedTuple):
@@ -128,58 +121,3 @@ def label_win_rates(
             "groups": len(implied),
         }
     return result
-
-
-@torch.no_grad()
-def response_logprobs(
-    model: PreTrainedModel | PeftModel,
-    sequences: Sequence[tuple[Sequence[int], int]],
-    *,
-    reference: bool = False,
-    batch_size: int = 8,
-    description: str | None = None,
-) -> Tensor:
-    """Summed log-probs [M] (float32) of responses given as (token ids, number of prompt tokens).
-
-    Args:
-        reference: switch the adapter of a peft model off, which gives the log-probs of the model it started from.
-        description: label of the progress bar; None for no bar.
-    """
-    adapter: AbstractContextManager = nullcontext()
-    if reference:
-        if not isinstance(model, PeftModel):
-            raise ValueError("reference=True switches the adapter of a peft model off; pass a plain model without it")
-        adapter = model.disable_adapter()
-    was_training = model.training
-    model.eval()
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = inner.get_output_embeddings()
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-    logp = torch.empty(len(sequences))
-    with (
-        adapter,
-        tqdm(total=len(sequences), desc=description, disable=description is None) as bar,
-    ):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            input_ids, mask, target = _pad([sequences[i] for i in rows])
-            hidden = inner.base_model(
-                input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).last_hidden_state
-            logp[rows] = sequence_logprob(hidden, head.weight, target.to(model.device), bias=head.bias).float().cpu()
-            bar.update(len(rows))
-    model.train(was_training)
-    return logp
-
-
-def _pad(sequences: Sequence[tuple[Sequence[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded ids, attention mask and next-token targets (−100 on prompt and padding), each [B, L]."""
-    length = max(len(ids) for ids, _ in sequences)
-    input_ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask, target = torch.zeros_like(input_ids), torch.full_like(input_ids, -100)
-    for row, (ids, num_prompt) in enumerate(sequences):
-        tokens = torch.tensor(list(ids))
-        input_ids[row, : len(ids)] = tokens
-        mask[row, : len(ids)] = 1
-        target[row, num_prompt - 1 : len(ids) - 1] = tokens[num_prompt:]
-    return input_ids, mask, target

