@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -31,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from mopo_kernels.objective import win_rate_from_comparisons
 from mopo_trainer.adapters import adapt, has
 from mopo_trainer.scorers import Scorer
-from mopo_trainer.sources import DataError, load_rows
+from mopo_trainer.sources import DataError, load_rows, one_line
 
 __all__ = [
     "DataError",
@@ -232,7 +233,7 @@ def _read_comparisons(name: str, value: Any, n: int) -> Label:
 def _read_ratings(name: str, value: Any, n: int) -> Label:
     ratings = _one_per_response(name, value, n)
     for rating in ratings:
-        if rating is not None and not (isinstance(rating, int | float) and math.isfinite(rating)):
+        if rating is not None and not (isinstance(rating, Real) and math.isfinite(rating)):
             raise DataError(f"{name}: got {_shown(rating)}; give a finite number, or null where nobody rated")
     return Label("ratings", ratings)
 
@@ -251,7 +252,7 @@ LABEL_COLUMNS: dict[str, Callable[[str, Any, int], Label]] = {
 
 
 def _probability(name: str, value: Any) -> float:
-    if isinstance(value, int | float) and 0 <= value <= 1:
+    if isinstance(value, Real) and 0 <= float(value) <= 1:
         return float(value)
     raise DataError(f"{name}: got {_shown(value)}; give a probability from 0 to 1, or null where nobody judged")
 
@@ -356,7 +357,7 @@ def _score(groups: list[Group], name: str, function: Scorer) -> FloatArray:
             try:
                 score = float(function(prompt, plain_text(response)))
             except Exception as error:  # the scorer is the user's code, which may raise anything
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {one_line(error)}"
                 raise DataError(f"group {number}, response {index}: scorer {name!r} failed ({problem})") from error
             if not math.isfinite(score):
                 raise DataError(

@@ -16,7 +16,7 @@ from typing import Any, cast
 import textstat
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from mopo_trainer.sources import DataError
+from mopo_trainer.sources import DataError, one_line
 
 Scorer = Callable[[str, str], float]  # (prompt, response), both as plain text -> score
 
@@ -75,7 +75,7 @@ def _import(spec: str, module: str, attribute: str) -> Scorer:
             function = getattr(function, part)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise DataError(
-            f"scorer {spec!r}: cannot be imported ({type(error).__name__}: {error}); "
+            f"scorer {spec!r}: cannot be imported ({type(error).__name__}: {one_line(error)}); "
             f"check both names, and that {module} is installed or lies in this directory"
         ) from error
     if not callable(function):

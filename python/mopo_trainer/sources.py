@@ -33,6 +33,12 @@ class DataError(ValueError):
     """Data that cannot be used; one line that names the file, the row, the value and what to do about it."""
 
 
+def one_line(error: Exception, limit: int = 200) -> str:
+    """What an error of another library says, without its line breaks."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def load_rows(source: str | Path, *, split: str = "train", name: str | None = None) -> Dataset:
     """Read the rows of `source` as they are (`mopo_trainer.data.to_groups` gives them their meaning).
 
@@ -111,7 +117,7 @@ def _table(rows: list[dict[str, Any]], where: str) -> Dataset:
         try:
             arrays[column] = pa.array([row.get(column) for row in rows])
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            problem = f"{where}: column `{column}` mixes types ({str(error).splitlines()[0]})"
+            problem = f"{where}: column `{column}` mixes types ({one_line(error)})"
             if column in READ_COLUMNS:
                 raise DataError(f"{problem}; write it the same way in every row") from None
             logger.warning("%s; it is left out", problem)
@@ -122,15 +128,16 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         return Dataset(pq.read_table(path, memory_map=True))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: not a readable Parquet file ({one_line(error)})") from None
 
 
 def _read_directory(path: Path, split: str) -> Dataset:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        problem = str(error).splitlines()[0]
-        raise DataError(f"{path}: not a directory that `save_to_disk` wrote ({problem}); name a file in it") from None
+        raise DataError(
+            f"{path}: not a directory that `save_to_disk` wrote ({one_line(error)}); name a file in it"
+        ) from None
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
             raise DataError(f"{path}: no split {split!r}; it has {', '.join(loaded)}")
@@ -142,8 +149,7 @@ def _read_hub(source: str, split: str, name: str | None) -> Dataset:
     try:
         return datasets.load_dataset(source, name=name, split=split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        problem = str(error).splitlines()[0]
         raise DataError(
-            f"{source}: neither a file or directory here nor a dataset that the hub would give ({problem}); "
+            f"{source}: neither a file or directory here nor a dataset that the hub would give ({one_line(error)}); "
             "check the name, the split and the connection, or give the path of a file"
         ) from None
