@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -473,8 +474,11 @@ def tokenize_group(
         as_chat: make plain text a user's message and the assistant's reply.
 
     Raises:
-        DataError: no chat template, one that does not continue its generation prompt, or no room for the response.
+        DataError: no chat template, one that refuses the messages or does not continue its generation prompt, or
+            lengths that leave no room for the response.
     """
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise DataError(f"max_prompt_length={max_prompt_length}: give at least 1, or None to keep whole prompts")
     if as_chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
         responses = [[{"role": "assistant", "content": response}] for response in responses]
@@ -512,11 +516,14 @@ def _render_chat(prompt: Any, responses: Sequence[Any], tokenizer: PreTrainedTok
     """The rendered prompt with its generation prompt, and what each response adds, up to its end-of-sequence token."""
     if not tokenizer.chat_template:
         raise DataError("messages need a chat template and the tokenizer has none; set one or write plain text")
-    conversations = [_without_nulls(prompt), *(_without_nulls([*prompt, *response]) for response in responses)]
-    start = tokenizer.apply_chat_template(conversations[0], add_generation_prompt=True, tokenize=False)
+    conversations = [_without_nulls([*prompt, *response]) for response in responses]
+    try:
+        start = tokenizer.apply_chat_template(_without_nulls(prompt), add_generation_prompt=True, tokenize=False)
+        rendered = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses the messages ({one_line(error)}); mend their roles") from None
     endings = []
-    for conversation in conversations[1:]:
-        whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    for whole in rendered:
         if not whole.startswith(start):
             raise DataError(
                 f"the chat template renders the prompt alone as {start[-40:]!r} but not so before a response; "

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+
 from mopo_trainer.adapters import ADAPTERS, adapt
 from mopo_trainer.data import labels, load_rows, objectives, to_groups
 from mopo_trainer.scorers import load_scorers

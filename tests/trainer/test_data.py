@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
 from mopo_trainer import data
 from mopo_trainer.data import (
     DataError,
@@ -22,8 +25,6 @@ from mopo_trainer.data import (
     tokenize_group,
 )
 from mopo_trainer.scorers import load_scorers
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 EXAMPLES = Path(__file__).parents[2] / "examples/data"
 GROUP = {"prompt": "p", "responses": ["a", "bb", "ccc"]}
@@ -459,6 +460,11 @@ def test_a_prompt_that_leaves_no_room_is_an_error(tokenizer):
         tokenize_group("abcdef", ["u"], tokenizer, max_prompt_length=None, max_length=6)
 
 
+def test_lengths_must_be_positive(tokenizer):
+    with pytest.raises(DataError, match="max_prompt_length=0: give at least 1"):
+        tokenize_group("abcdef", ["u"], tokenizer, max_prompt_length=0, max_length=6)
+
+
 def merging_tokenizer():
     """Merges "ab" into one token, so that the end of a prompt and the beginning of a response may grow together."""
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "</s>": 4, "<s>": 5}
@@ -480,4 +486,10 @@ def test_template_whose_replies_do_not_follow_its_generation_prompt(tokenizer, m
         tokenizer, "chat_template", tokenizer.chat_template.replace("<|assistant|>", "<|assistant|>think")
     )
     with pytest.raises(DataError, match=r"renders the prompt alone as '.*<\|assistant\|>think' but not so before"):
+        tokenize_group([user("a")], [[assistant("b")]], tokenizer, **WHOLE)
+
+
+def test_messages_that_the_template_refuses(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must\\nalternate') }}")
+    with pytest.raises(DataError, match=r"the chat template refuses the messages \(roles must alternate\); mend"):
         tokenize_group([user("a")], [[assistant("b")]], tokenizer, **WHOLE)

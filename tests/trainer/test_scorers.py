@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+
 from mopo_trainer.scorers import load_scorers, scorer
 from mopo_trainer.sources import DataError
 

@@ -5,6 +5,7 @@ import datasets
 import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
+
 from mopo_trainer.sources import DataError, load_rows
 
 ROWS = [
