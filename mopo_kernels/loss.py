@@ -84,10 +84,12 @@ def mopo_loss(
     check_sequences(hidden, target)
     batch = win_rate.shape[0]
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
-    labels = {"tau": tau, "lag_log_ratio": lag_log_ratio, "normalize": normalize}
     kept = None
     if policy_step == "clone":
-        kept = mopo_weights(win_rate, group, multipliers, **labels) > min_weight
+        weights = mopo_weights(
+            win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize
+        )
+        kept = weights > min_weight
         if index is not None:
             kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
         here = kept if index is None else kept[index]
@@ -115,12 +117,14 @@ def mopo_loss(
         win_rate,
         group,
         multipliers,
+        tau=tau,
         eps=eps,
         ref_logp=ref_logp,
+        lag_log_ratio=lag_log_ratio,
         policy_step=policy_step,
         primary=primary,
+        normalize=normalize,
         kept=kept,
-        **labels,
     )
 
 

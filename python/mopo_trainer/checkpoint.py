@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 MANIFEST = "mopo_manifest.json"
 
@@ -40,7 +41,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return next((steps[step] for step in sorted(steps, reverse=True) if what_is_missing(steps[step]) is None), None)
 
 
-def resolve_checkpoint(output_dir: Path, wanted: str | bool) -> Path:
+def resolve_checkpoint(output_dir: Path, wanted: str | Literal[True]) -> Path:
     """The checkpoint to resume from: a path as given, or the newest whole one for True.
 
     Raises:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import TrainingArguments
+
+from mopo_trainer.thresholds import parse_thresholds
 
 
 @dataclass
@@ -119,35 +120,3 @@ class MOPOConfig(TrainingArguments):
         if not 0 <= radius < math.inf:
             raise ValueError(f"eps={self.eps!r} must be a number ≥ 0 or 'auto'")
         return radius
-
-
-def parse_thresholds(thresholds: Mapping[str, float] | list[str] | None) -> dict[str, float]:
-    """{objective: win rate} from a mapping or from "name=value" strings.
-
-    Raises:
-        ValueError: an entry without "=", a value that is no win rate, or a name given twice.
-    """
-    pairs = thresholds.items() if isinstance(thresholds, Mapping) else map(_split_threshold, thresholds or [])
-    parsed: dict[str, float] = {}
-    for name, value in pairs:
-        if name in parsed:
-            raise ValueError(f"thresholds name {name!r} twice; give each objective one threshold")
-        parsed[name] = _win_rate(name, value)
-    return parsed
-
-
-def _split_threshold(entry: str) -> tuple[str, str]:
-    name, equals, value = entry.partition("=")
-    if not name or not equals:
-        raise ValueError(f"threshold {entry!r} is not of the form objective=value, for example brevity=0.6")
-    return name, value
-
-
-def _win_rate(name: str, value: float | str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise ValueError(f"threshold {name}={value} is not a win rate; give a number in [0, 1]")
-    return number

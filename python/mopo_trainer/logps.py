@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from mopo_kernels import sequence_logprob
 from mopo_trainer.data import labels, tokenize_group
@@ -111,7 +112,7 @@ def last_hidden_states(model: nn.Module, decoder: nn.Module, batch: Mapping[str,
     """
     captured: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
-    keep_one = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
+    keep_one = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
     try:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **keep_one)
     finally:
@@ -119,12 +120,10 @@ def last_hidden_states(model: nn.Module, decoder: nn.Module, batch: Mapping[str,
     return captured[0]
 
 
-def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    for attribute in ("module", "get_base_model"):
-        inner = getattr(model, attribute, None)
-        if inner is not None:
-            return _forward_parameters(inner if isinstance(inner, nn.Module) else inner())
-    return inspect.signature(model.forward).parameters
+def _takes_logits_to_keep(model: Any) -> bool:
+    model = getattr(model, "module", model)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class LMHead:
     options: dict[str, Any]  # bias, softcap, logit_scale
 
     @classmethod
-    def of(cls, model: nn.Module) -> LMHead:
+    def of(cls, model: PreTrainedModel) -> LMHead:
         """Raises ValueError where the head is no plain linear layer (an adapter on it, a quantised head)."""
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -189,7 +188,7 @@ def response_logps(
 
 
 def sequence_logps(
-    model: nn.Module, plain: nn.Module, batch: Mapping[str, Tensor], *, accelerator: Accelerator, backend: str | None
+    model: nn.Module, plain: PreTrainedModel, batch: Mapping[str, Tensor], *, accelerator: Accelerator, backend: str | None
 ) -> Tensor:  # [B]
     """log π(y|x) of a padded batch; `plain` is `model` without wrappers."""
     hidden = last_hidden_states(model, plain.get_decoder(), batch)

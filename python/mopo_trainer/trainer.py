@@ -46,7 +46,7 @@ from mopo_trainer.logps import (
     select_sequences,
     tokenize_groups,
 )
-from mopo_trainer.scorers import scorer
+from mopo_trainer.scorers import load_scorers
 
 STATE_FILE = "mopo_state.safetensors"
 
@@ -69,11 +69,14 @@ class MOPOTrainer(Trainer):
         InfeasibleThresholds: (from `train`, before the first step) thresholds above what the labels allow.
     """
 
+    args: MOPOConfig
+    control: TrainerControl
+
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | PreTrainedModel,
         args: MOPOConfig,
-        train_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        train_dataset: Dataset | Sequence[Mapping[str, Any]],
         eval_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any | None = None,
@@ -88,17 +91,13 @@ class MOPOTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
         LMHead.of(model)
-        self.train_groups, self.eval_groups = None, None
-        names: list[str] = []
-        if train_dataset is not None:
-            groups = _read(train_dataset, args)
-            names = _objective_order(objectives(groups), args)
-            self.train_groups = self._tokenize(groups, names, tokenizer, args)
-            _check_min_weight(self.train_groups, args)
+        groups = _read(train_dataset, args)
+        names = _objective_order(objectives(groups), args)
+        self.train_groups = _tokenize(groups, names, tokenizer, args)
+        _check_min_weight(self.train_groups, args)
+        self.eval_groups: TokenizedGroups | None = None
         if eval_dataset is not None:
-            groups = _read(eval_dataset, args)
-            names = names or _objective_order(objectives(groups), args)
-            self.eval_groups = self._tokenize(groups, names, tokenizer, args)
+            self.eval_groups = _tokenize(_read(eval_dataset, args), names, tokenizer, args)
         self.dual = _dual(names, args)
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_token_id = pad_token_id
@@ -110,25 +109,14 @@ class MOPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=partial(collate, pad_token_id=pad_token_id),
-            train_dataset=self.train_groups.dataset if self.train_groups else None,
+            train_dataset=self.train_groups.dataset,
             eval_dataset=self.eval_groups.dataset if self.eval_groups else None,
             processing_class=tokenizer,
             callbacks=[DualCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = False  # the loss is a mean over groups, averaged over micro-batches by the Trainer
-        self.label_names = []
-
-    @staticmethod
-    def _tokenize(groups: Dataset, names: Sequence[str], tokenizer: Any, args: MOPOConfig) -> TokenizedGroups:
-        return tokenize_groups(
-            groups,
-            names,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            as_chat=args.as_chat,
-        )
+        self.label_names: list[str] = []
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -151,7 +139,7 @@ class MOPOTrainer(Trainer):
         }
         index = None
         if args.policy_step == "clone":
-            weights = mopo_weights(**labels, tau=args.tau, primary=self.dual.primary_index)
+            weights = mopo_weights(**labels, tau=args.tau)
             index = (weights > args.min_weight).nonzero().squeeze(-1)
         batch = inputs if index is None else select_sequences(inputs, index)
 
@@ -259,7 +247,7 @@ class MOPOTrainer(Trainer):
         groups, reference = self.eval_groups, self.reference.get("eval")
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             rows = _read(eval_dataset, self.args)
-            groups, reference = self._tokenize(rows, self.dual.objectives, self.processing_class, self.args), None
+            groups, reference = _tokenize(rows, self.dual.objectives, self.processing_class, self.args), None
         if groups is None:
             raise ValueError("evaluate needs an eval_dataset, here or when the trainer is made")
         if reference is None:
@@ -433,7 +421,18 @@ class _StepRecord:
 
 
 def _read(rows: Dataset | Sequence[Mapping[str, Any]], args: MOPOConfig) -> Dataset:
-    return to_groups(rows, scorers=dict(map(scorer, args.scorers or [])), rating_scale=args.rating_scale)
+    return to_groups(rows, scorers=load_scorers(args.scorers or []), rating_scale=args.rating_scale)
+
+
+def _tokenize(groups: Dataset, names: Sequence[str], tokenizer: Any, args: MOPOConfig) -> TokenizedGroups:
+    return tokenize_groups(
+        groups,
+        names,
+        tokenizer,
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        as_chat=args.as_chat,
+    )
 
 
 def _objective_order(names: Sequence[str], args: MOPOConfig) -> list[str]:

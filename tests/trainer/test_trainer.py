@@ -1,0 +1,250 @@
+"""MOPOTrainer on a tiny model: what the step computes, what it skips, what it logs, and its errors."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from mopo_kernels import InfeasibleThresholds, mopo_weights, solve_dual
+from mopo_trainer.config import MOPOConfig
+from mopo_trainer.trainer import MOPOTrainer
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "primary": "friendly",
+        "thresholds": ["brief=0.4"],
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return MOPOConfig(**{**defaults, **options})
+
+
+def make(tmp_path, model, tokenizer, rows, *, eval_dataset=None, peft_config=None, **options):
+    return MOPOTrainer(
+        model,
+        config(tmp_path, **options),
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def token_logps(model, trainer):
+    """log π of every response by the plain Hugging Face logits, one sequence at a time."""
+    model.eval()
+    logps = []
+    for ids, prompt in trainer.train_groups.sequences():
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+        picked = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        logps.append(picked[prompt - 1 :].sum())
+    return torch.stack(logps)
+
+
+def first_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def test_the_dual_is_solved_before_the_first_step(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs)
+    trainer.train()
+    labels = trainer.train_groups
+    expected = solve_dual(labels.win_rate, labels.group, torch.tensor([0.4]), tau=0.08)
+    torch.testing.assert_close(trainer.dual.multipliers, expected.multipliers, rtol=1e-6, atol=1e-8)
+    assert expected.multipliers[1] > 0.5
+
+
+def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, per_device_train_batch_size=8)
+    trainer.start_dual()
+    labels = trainer.train_groups
+    loss = trainer.compute_loss(tiny_model, first_batch(trainer))
+    weights = mopo_weights(labels.win_rate, labels.group, trainer.dual.multipliers, tau=0.08)
+    kept = weights > 1e-5
+    logps = token_logps(tiny_model, trainer)
+    torch.testing.assert_close(loss.double(), -(weights * logps)[kept].sum() / 8, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy_step", ["contrast", "regress"])
+def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, policy_step=policy_step, per_device_train_batch_size=8)
+    trainer.start_dual()
+    torch.testing.assert_close(
+        trainer.reference["train"], token_logps(tiny_model, trainer).double(), rtol=1e-5, atol=1e-5
+    )
+    loss = trainer.compute_loss(tiny_model, first_batch(trainer))
+    if policy_step == "contrast":  # h = 0 everywhere: uniform softmax over two responses
+        torch.testing.assert_close(loss.item(), torch.tensor(2.0).log().item(), rtol=1e-4, atol=1e-4)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_responses_without_weight_never_enter_the_model(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, thresholds=None, min_weight=1e-3)
+    seen = []
+    tiny_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    trainer.train()
+    assert [shape[0] for shape in seen] == [4, 4, 4]  # one response of each pair
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    lengths = {  # tokens of prompt + response
+        name: [len(ids) for ids, _ in trainer.train_groups.sequences()[offset::2]]
+        for name, offset in (("friendly", 0), ("brief", 1))
+    }
+    assert sum(entry["skipped_tokens"] for entry in logs[:2]) == sum(lengths["brief"])
+    assert all(entry["tokens_per_second"] > 0 for entry in logs)
+
+
+def test_logs_carry_every_objective(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, eps="0.01")
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3
+    for entry in logs:
+        assert {"ess", "kl", "dropped_mass", "tokens_per_second", "skipped_tokens"} <= set(entry)
+        for name in ("friendly", "brief"):
+            assert {f"win_rate/{name}", f"bound/{name}", f"multiplier/{name}"} <= set(entry)
+            assert entry[f"bound/{name}"] < entry[f"win_rate/{name}"]
+        assert entry["threshold/brief"] == 0.4
+        assert entry["slack/brief"] == pytest.approx(entry["bound/brief"] - 0.4)
+        assert "threshold/friendly" not in entry
+    assert json.dumps(logs)
+
+
+@pytest.mark.parametrize("dual_update", ["sgd", "barrier"])
+def test_stepwise_duals_move(tmp_path, tiny_model, tokenizer, pairs, dual_update):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, dual_update=dual_update, eps="0.01", max_steps=5)
+    trainer.train()
+    multipliers = [entry["multiplier/brief"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(set(multipliers)) > 1
+
+
+def test_gradient_accumulation_is_one_large_batch(tmp_path, tiny_model, tokenizer, pairs):
+    def trained(name, **options):
+        model = copy.deepcopy(tiny_model)
+        trainer = make(tmp_path / name, model, tokenizer, pairs, max_steps=2, optim="sgd", **options)
+        trainer.train()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = trained("whole", per_device_train_batch_size=4)
+    parts = trained("parts", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert (whole - torch.cat([p.detach().flatten() for p in tiny_model.parameters()])).abs().max() > 1e-3
+
+
+def test_adapter_off_is_the_reference(tmp_path, tiny_model, tokenizer, pairs):
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # adapter on ≠ adapter off at once
+    base = token_logps(copy.deepcopy(tiny_model), make(tmp_path / "base", tiny_model, tokenizer, pairs))
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, peft_config=lora, policy_step="contrast")
+    trainer.train()
+    torch.testing.assert_close(trainer.reference["train"], base.double(), rtol=1e-5, atol=1e-5)
+    changed = [name for name, p in trainer.model.named_parameters() if p.grad is not None or p.requires_grad]
+    assert all("lora" in name for name in changed)
+
+
+def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, pairs, monkeypatch):
+    calls = []
+    original = MOPOTrainer._response_logps
+    monkeypatch.setattr(
+        MOPOTrainer, "_response_logps", lambda self, *a, **k: calls.append(1) or original(self, *a, **k)
+    )
+    fresh = copy.deepcopy(tiny_model)
+    make(tmp_path, tiny_model, tokenizer, pairs, policy_step="contrast").train()
+    assert len(calls) == 1
+    make(tmp_path, copy.deepcopy(fresh), tokenizer, pairs, policy_step="contrast").train()
+    assert len(calls) == 1, "same model, same tokens: from the cache"
+    make(tmp_path, copy.deepcopy(fresh), tokenizer, pairs[:-1], policy_step="contrast").train()
+    assert len(calls) == 2, "other tokens"
+    with torch.no_grad():
+        fresh.model.embed_tokens.weight[7] += 0.1
+    make(tmp_path, fresh, tokenizer, pairs, policy_step="contrast").train()
+    assert len(calls) == 3, "another model"
+
+
+def test_clone_without_lag_needs_no_reference(tmp_path, tiny_model, tokenizer, pairs, monkeypatch):
+    monkeypatch.setattr(MOPOTrainer, "_response_logps", lambda *a, **k: pytest.fail("a reference pass was made"))
+    make(tmp_path, tiny_model, tokenizer, pairs).train()
+
+
+@pytest.mark.parametrize("policy_step", ["clone", "contrast"])
+def test_lag_refreshes_reference_and_ratchets_thresholds(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+    trainer = make(
+        tmp_path, tiny_model, tokenizer, pairs, lag_steps=2, max_steps=5, ratchet_beta=0.9, policy_step=policy_step
+    )
+    trainer.train()
+    assert trainer.reference["lag"].shape == trainer.reference["train"].shape
+    assert (trainer.reference["lag"] - trainer.reference["train"]).abs().max() > 1e-2
+    assert trainer.dual.thresholds[0] >= 0.4
+    weights = mopo_weights(
+        trainer.train_groups.win_rate,
+        trainer.train_groups.group,
+        trainer.dual.multipliers,
+        tau=0.08,
+        lag_log_ratio=trainer._lag_log_ratio(slice(None)),
+    )
+    reached = (weights * trainer.train_groups.win_rate[:, 1]).sum() / 8
+    torch.testing.assert_close(reached, trainer.dual.thresholds[0], rtol=1e-6, atol=1e-7)
+
+
+def test_evaluate_says_what_log_probs_imply(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, eval_dataset=pairs, thresholds=None, max_steps=12)
+    before = trainer.evaluate()
+    assert before["eval_win_rate/friendly"] == pytest.approx(0.5)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_win_rate/friendly"] > 0.9
+    assert after["eval_agreement/friendly"] > 0.9
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_infeasible_thresholds_stop_before_the_first_step(tmp_path, tiny_model, tokenizer, pairs):
+    for row in pairs:
+        row["preference"]["brief"] = 0.5
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.9"])
+    before = copy.deepcopy(tiny_model.state_dict())
+    with pytest.raises(InfeasibleThresholds, match="brief"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
+def test_lm_head_adapters_are_refused(tmp_path, tiny_model, tokenizer, pairs):
+    model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="leave lm_head out"):
+        make(tmp_path, model, tokenizer, pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"primary": None}, "primary is not set; choose the objective to maximise among friendly, brief"),
+        ({"primary": "funny"}, "primary names 'funny', which the data does not carry; it has friendly, brief"),
+        ({"thresholds": ["funny=0.5"]}, "thresholds names 'funny'"),
+        ({"thresholds": ["friendly=0.5"]}, "thresholds name the primary objective 'friendly'"),
+        ({"min_weight": 0.5}, r"min_weight=0.5 could drop all responses of a group of 2"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, tiny_model, tokenizer, pairs, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tiny_model, tokenizer, pairs, **options)
+
+
+def test_softcap_and_scale_come_from_the_model_config(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, per_device_train_batch_size=8)
+    trainer.start_dual()
+    batch = first_batch(trainer)
+    plain = trainer.compute_loss(tiny_model, batch)
+    tiny_model.config.final_logit_softcapping = 0.01
+    capped = trainer.compute_loss(tiny_model, batch)
+    assert (capped - plain).abs() > 1e-3
