@@ -61,8 +61,10 @@ class MOPOConfig(TrainingArguments):
     ratchet_beta: float = field(
         default=0.9995, metadata={"help": "At a refresh, thresholds rise to this share of what was reached."}
     )
-    multiplier_lr: float = field(default=0.1, metadata={"help": "sgd: step size of the multipliers."})
-    chi_lr: float = field(default=0.01, metadata={"help": "sgd: step size of the robust bound's variable."})
+    multiplier_lr: float = field(
+        default=0.02, metadata={"help": "sgd: step size of the multipliers; barrier: weight of the newest estimate."}
+    )
+    chi_lr: float = field(default=0.1, metadata={"help": "sgd: step size of the robust bound's variable."})
     barrier_sigma: float = field(default=0.01, metadata={"help": "barrier: strength, multiplier = sigma / slack."})
     barrier_delta: float = field(default=0.01, metadata={"help": "barrier: slack below which it is extended."})
     min_weight: float = field(

@@ -101,7 +101,7 @@ class MOPOTrainer(Trainer):
         self.dual = _dual(names, args)
         pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad_token_id = pad_token_id
-        self.reference: dict[str, Tensor] = {}  # train, eval: log π_ref0; lag: log π_lag; each [M] float64
+        self.reference: dict[str, Tensor] = {}  # log-probs [M]: train, eval of π_ref0; lag of π_lag; now, the next lag
         self._resumed = False
         self._steps = _StepRecord()
         self._staging: Path | None = None
@@ -156,7 +156,6 @@ class MOPOTrainer(Trainer):
                 eps=float(self.dual.eps),
                 ref_logp=self._reference_logp(response, device),
                 policy_step=args.policy_step,
-                primary=self.dual.primary_index,
                 min_weight=args.min_weight,
                 index=index,
                 workspace_bytes=args.workspace_bytes,
@@ -193,10 +192,14 @@ class MOPOTrainer(Trainer):
         self.dual.refresh(self.train_groups.win_rate, self.train_groups.group)
 
     def step_dual(self) -> None:
-        """After an optimizer step: move the multipliers; at every lag, refresh the reference and the thresholds."""
+        """After an optimizer step: move the multipliers; at every lag, refresh the reference and the thresholds.
+
+        The new reference is the policy as it was one lag ago (arXiv 2505.10892, Algorithm 1), scored then.
+        """
         self.dual.update(**self._steps.labels())
-        if self.args.lag_steps is not None and self.state.global_step % self.args.lag_steps == 0:
-            self.reference["lag"] = self._response_logps(self.train_groups, description="Reference refresh")
+        if self.dual.lag_due:
+            self.reference["lag"] = self.reference.get("now", self.reference["train"])
+            self.reference["now"] = self._response_logps(self.train_groups, description="Reference refresh")
             self.dual.refresh(
                 self.train_groups.win_rate,
                 self.train_groups.group,
@@ -263,7 +266,6 @@ class MOPOTrainer(Trainer):
             tau=self.args.tau,
             ref_logp=reference,
             policy_step=self.args.policy_step,
-            primary=self.dual.primary_index,
         )
         metrics = {f"{metric_key_prefix}_loss": output.loss.item()}
         implied = label_win_rates(logp, reference, groups.win_rate, groups.group, self.dual.objectives)
