@@ -1,17 +1,19 @@
 """Log-probabilities of target tokens from hidden states and an LM head, or from logits.
 
 The three functions here validate, flatten leading dimensions and hand over to the backend that
-`mopo_kernels.backends` chooses.
+`mopo_kernels.backends` chooses: `reference`, or the tile engine (ops.py) with that backend's fold kernels.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends
+from mopo_kernels import backends, ops
+from mopo_kernels.backends import reference
 
 
 def linear_logprob(
@@ -58,7 +60,9 @@ def linear_logprob(
     _check_target(target, weight.shape[0], ignore_index)
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
-    run = backends.implementation("linear_logprob", hidden, backend)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    name = backends.choose("linear_logprob", hidden.device.type, backend).backend
+    run = reference.linear_logprob if name == "reference" else partial(ops.run_linear_logprob, backend=name)
     logp = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -103,7 +107,8 @@ def token_logprob(
     _check_floating(logits=logits)
     _check_scales(temperature, softcap)
     _check_target(target, logits.shape[-1], ignore_index)
-    run = backends.implementation("token_logprob", logits, backend)
+    name = backends.choose("token_logprob", logits.device.type, backend).backend
+    run = reference.token_logprob if name == "reference" else partial(ops.run_token_logprob, backend=name)
     logp = run(
         logits.reshape(-1, logits.shape[-1]),
         target.reshape(-1),
@@ -167,6 +172,16 @@ def check_sequences(hidden: Tensor, target: Tensor) -> None:
             f"hidden and target have shapes {list(hidden.shape)} and {list(target.shape)}; sequences need "
             "[B, L, H] and [B, L] (linear_logprob takes flat rows)"
         )
+
+
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs as torch.autocast would hand them to a linear layer."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    hidden, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias))
+    return hidden, weight, bias
 
 
 def _filter_threshold(grad_filter: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:

@@ -1,0 +1,342 @@
+"""The operators that torch sees (torch.library): the tile engine's log-probabilities and token_logprob on logits.
+
+Each has a fake kernel for torch.compile and an autograd formula; gradients of gradients are refused. Arguments are
+validated and flattened by logprob.py; `backend` names a module of the fold contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopo_kernels import backends
+from mopo_kernels.backends.fold import Statistics, Transform
+from mopo_kernels.plan import CPU_WORKSPACE, Logits, Plan, accumulate_dtype, compute_dtype, fits_kept, plan
+from mopo_kernels.tiles import GradientSum, Head, gather
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; [0] where not needed
+
+
+def plan_for(rows: int, weight: Tensor, backend: str, workspace_bytes: int, logits: Logits) -> Plan:
+    vocab, hidden_size = weight.shape
+    compute = compute_for(weight, backend)
+    return plan(
+        rows, hidden_size, vocab, dtype=weight.dtype, compute=compute, workspace_bytes=workspace_bytes, logits=logits
+    )
+
+
+def compute_for(weight: Tensor, backend: str) -> torch.dtype:
+    return compute_dtype(weight.dtype, multiplies_bfloat16=backends.fold(backend).multiplies_bfloat16())
+
+
+def head_for(
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: list[float],
+    backend: str,
+    plan: Plan,
+    grad_filter: float | None = None,
+) -> Head:
+    wide_bias = None if bias is None else bias.to(accumulate_dtype(weight.dtype)).contiguous()
+    return Head(weight, wide_bias, transform_of(scales), backends.fold(backend), plan, grad_filter)
+
+
+def transform_of(scales: list[float]) -> Transform:
+    """The Transform whose fields `scales` lists as floats, the form that a torch operator can take."""
+    inner, outer, softcap = scales
+    return Transform(inner, outer, bool(softcap))
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-probabilities: float32, or float64 for float64 inputs."""
+    return accumulate_dtype(dtype)
+
+
+# ------------------------------------------------------------------------------------------------ log-probs of a head
+
+
+def run_linear_logprob(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N]
+    *,
+    bias: Tensor | None,  # [V]
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int | None,
+    backend: str,
+) -> Tensor:  # [N]
+    """What `reference.linear_logprob` computes, by the tile engine."""
+    workspace_bytes = CPU_WORKSPACE if workspace_bytes is None else workspace_bytes
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    keep = differentiable and fits_kept(
+        *(target.shape[0], weight.shape[1], weight.shape[0]),
+        dtype=weight.dtype,
+        compute=compute_for(weight, backend),
+        workspace_bytes=workspace_bytes,
+    )
+    scales = [float(x) for x in Transform.of(temperature, softcap, logit_scale)]
+    return linear_logprob(
+        hidden, weight, bias, target, scales, ignore_index, grad_filter, workspace_bytes, keep, backend
+    )[0]
+
+
+@torch.library.custom_op("mopo_kernels::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    target: Tensor,  # [N]
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp[N], lse[N] (float64) and, with `keep`, the logits of the counted rows [N, V] for the backward (else [0])."""
+    rows = (target != ignore_index).nonzero().squeeze(-1)
+    plan = plan_for(len(rows), weight, backend, workspace_bytes, "kept" if keep else "recompute")
+    head = head_for(weight, bias, scales, backend, plan)
+    logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+    lse = torch.zeros_like(logp)
+    logits = weight.new_empty(_kept_shape(target, weight, keep), dtype=plan.compute)
+    tile = logits if keep else head.tile(len(rows))
+    for part in rows.split(plan.row_block):
+        statistics = head.statistics(gather(head, hidden, part), target[part], tile)
+        logp[part], lse[part] = statistics.logp, statistics.lse
+    return logp.to(result_dtype(weight.dtype)), lse, logits
+
+
+@linear_logprob.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logp = hidden.new_empty(target.shape, dtype=result_dtype(weight.dtype))
+    lse = hidden.new_empty(target.shape, dtype=torch.float64)
+    return logp, lse, weight.new_empty(_kept_shape(target, weight, keep), dtype=compute_for(weight, backend))
+
+
+def _kept_shape(target: Tensor, weight: Tensor, keep: bool) -> tuple[int, ...]:
+    return (target.shape[0], weight.shape[0]) if keep else (0,)
+
+
+@torch.library.custom_op("mopo_kernels::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    grad_logp: Tensor,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,  # [N]
+    logits: Tensor,  # [N, V] or [0]
+    needs: list[bool],  # gradients of hidden, weight, bias
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    backend: str,
+) -> Gradients:
+    rows = (target != ignore_index).nonzero().squeeze(-1)
+    keep = logits.ndim == 2
+    plan = plan_for(len(rows), weight, backend, workspace_bytes, "kept" if keep else "recompute")
+    head = head_for(weight, bias, scales, backend, plan, grad_filter)
+    parts = rows.split(plan.row_block)
+    sums = GradientSum(head, hidden, needs=needs, blocks=len(parts))
+    tile = logits if keep else head.tile(len(rows))
+    out = logits.new_empty(len(rows), plan.column_block) if keep else None
+    coefficient = grad_logp.double()
+    for part in parts:
+        sums.add(part, gather(head, hidden, part), target[part], lse[part], coefficient[part], tile, out=out)
+    return present(sums.finish(bias), weight)
+
+
+@linear_logprob_backward.register_fake
+def _(
+    grad_logp: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    needs: list[bool],
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    backend: str,
+) -> Gradients:
+    return fake_gradients(hidden, weight, bias, needs)
+
+
+def present(gradients: tuple[Tensor | None, Tensor | None, Tensor | None], like: Tensor) -> Gradients:
+    """Operators return tensors: an empty one stands for a gradient that nobody needs."""
+    hidden, weight, bias = (like.new_empty(0) if x is None else x for x in gradients)
+    return hidden, weight, bias
+
+
+def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> Gradients:
+    inputs = (hidden, weight, bias)
+    made = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
+        for x, need in zip(inputs, needs, strict=True)
+    )
+    return present(tuple(made), weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, target, *options = inputs
+    _, lse, logits = output
+    ctx.mark_non_differentiable(lse, logits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, target, lse, logits)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_logp: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_logp is None:
+        return (None,) * 10
+    hidden, weight, bias, target, lse, logits = ctx.saved_tensors
+    scales, ignore_index, grad_filter, workspace_bytes, _keep, backend = ctx.options
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = linear_logprob_backward(
+        *(grad_logp, hidden, weight, bias, target, lse, logits, needs),
+        *(scales, ignore_index, grad_filter, workspace_bytes, backend),
+    )
+    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 7
+
+
+linear_logprob.register_autograd(_backward, setup_context=_save)
+
+
+# ----------------------------------------------------------------------------------------------- log-probs from logits
+
+
+def run_token_logprob(
+    logits: Tensor,  # [N, V]
+    target: Tensor,  # [N]
+    *,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:  # [N]
+    """What `reference.token_logprob` computes, by the fold kernels."""
+    scales = [float(x) for x in Transform.of(temperature, softcap)]
+    return token_logprob(logits, target, scales, ignore_index, backend)[0]
+
+
+@torch.library.custom_op("mopo_kernels::token_logprob", mutates_args=())
+def token_logprob(
+    logits: Tensor,  # [N, V]
+    target: Tensor,  # [N]
+    scales: list[float],
+    ignore_index: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """logp[N] and lse[N] (float64), reading the logits of counted rows once."""
+    fold, transform = backends.fold(backend), transform_of(scales)
+    statistics = Statistics.start(target.shape[0], target.device)
+    fold.fold_statistics(_row_major(logits), _skipping(target, ignore_index), statistics, transform)
+    counts = target != ignore_index
+    logp = torch.where(counts, statistics.logp, 0).to(result_dtype(logits.dtype))
+    return logp, torch.where(counts, statistics.lse, 0)
+
+
+@token_logprob.register_fake
+def _(
+    logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    logp = logits.new_empty(target.shape, dtype=result_dtype(logits.dtype))
+    return logp, logits.new_empty(target.shape, dtype=torch.float64)
+
+
+@torch.library.custom_op("mopo_kernels::token_logprob_backward", mutates_args=())
+def token_logprob_backward(
+    grad_logp: Tensor,  # [N]
+    logits: Tensor,  # [N, V]
+    target: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    scales: list[float],
+    ignore_index: int,
+    backend: str,
+) -> Tensor:  # [N, V]
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    coefficient = torch.where(target != ignore_index, grad_logp.double(), 0)
+    backends.fold(backend).fold_gradient(
+        _row_major(logits), target.contiguous(), lse, coefficient, transform_of(scales), out=grad
+    )
+    return grad
+
+
+@token_logprob_backward.register_fake
+def _(
+    grad_logp: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scales: list[float],
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _row_major(logits: Tensor) -> Tensor:
+    """Rows may lie anywhere apart, but a row's elements side by side."""
+    whole_rows = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+    return logits if whole_rows else logits.contiguous()
+
+
+def _skipping(target: Tensor, ignore_index: int) -> Tensor:
+    """Targets of the fold contract, where rows that do not count are negative."""
+    return target.masked_fill(target == ignore_index, -1)
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, target, *options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, output[1])
+    ctx.options = options
+
+
+def _logits_backward(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grad = None if grad_logp is None else token_logprob_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None, None
+
+
+token_logprob.register_autograd(_logits_backward, setup_context=_save_logits)
+
+
+# ----------------------------------------------------------------------------------------------- double differentiation
+
+
+def refuse_double_backward(operator: torch.library.CustomOpDef) -> None:
+    """Make a second differentiation an error that says what to do."""
+
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "the fused log-probabilities are differentiable once; for gradients of gradients use backend='reference'"
+        )
+
+    operator.register_autograd(refuse)
+
+
+refuse_double_backward(linear_logprob_backward)
+refuse_double_backward(token_logprob_backward)
