@@ -180,8 +180,11 @@ def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     if not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    hidden, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias))
-    return hidden, weight, bias
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def _filter_threshold(grad_filter: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:

@@ -192,11 +192,11 @@ def present(gradients: tuple[Tensor | None, Tensor | None, Tensor | None], like:
 
 def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> Gradients:
     inputs = (hidden, weight, bias)
-    made = (
+    made_hidden, made_weight, made_bias = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
         for x, need in zip(inputs, needs, strict=True)
     )
-    return present(tuple(made), weight)
+    return present((made_hidden, made_weight, made_bias), weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -259,9 +259,7 @@ def token_logprob(
 
 
 @token_logprob.register_fake
-def _(
-    logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
     logp = logits.new_empty(target.shape, dtype=result_dtype(logits.dtype))
     return logp, logits.new_empty(target.shape, dtype=torch.float64)
 

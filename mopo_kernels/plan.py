@@ -1,7 +1,7 @@
 """The planner: which blocks of rows and columns the tile engine works on, and how often it forms the logits.
 
-A pure function of sizes, dtypes and the workspace. Costs are in units of N·H·V flops: the logits take 2, the gradient of
-hidden 2 and that of weight 2.
+A pure function of sizes, dtypes and the workspace. Costs are in units of N·H·V flops: the logits take 2, the gradient
+of hidden 2 and that of weight 2.
 
     fused      6   the coefficient of a row is known once its logits are: gradients are formed while they are there
     kept       6   all logits fit the workspace and wait in it for the backward

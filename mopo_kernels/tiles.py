@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from mopo_kernels.backends.fold import Fold, Statistics, Transform
+from mopo_kernels.grad_filter import drop_small_blocks
 from mopo_kernels.plan import ALIGN, Plan, accumulate_dtype
-
-MAX_KEPT_FRACTION = 0.5  # of the blocks, above which gathering what grad_filter keeps costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,18 @@ class GradientSum:
             if not head.plan.resident:
                 head.logits(hidden, columns, part)
             bias = head.bias_of(columns)
-            keep = _kept_blocks(head, part, lse, bias)
+            keep = self._kept_blocks(part, lse, bias)
             grad = part if out is None else out[: hidden.shape[0], : columns.stop - columns.start]
             head.fold.fold_gradient(
                 part, target, lse, coefficient, head.transform, first_column=columns.start, bias=bias, out=grad
             )
             if self.bias is not None:
                 self.bias[columns] += grad.sum(0, dtype=self.accumulate)
-            if keep is None:
+            needed = None if keep is None else drop_small_blocks(grad, target - columns.start, keep)
+            if needed is None:
                 self._products(grad, hidden, columns, grad_hidden)
             else:
-                self._sparse_products(grad, hidden, columns, grad_hidden, keep)
+                self._filtered_products(grad, hidden, columns, grad_hidden, needed)
         if self.hidden is not None and grad_hidden is not None:
             self.hidden.index_copy_(0, rows, grad_hidden.to(self.hidden.dtype))
         self.first = False
@@ -136,33 +136,34 @@ class GradientSum:
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
 
+    def _kept_blocks(self, logits: Tensor, lse: Tensor, bias: Tensor | None) -> Tensor | None:
+        """[stripes, column blocks] bool: where some probability reaches grad_filter; None where all blocks count."""
+        head = self.head
+        if head.grad_filter is None:
+            return None
+        return head.fold.fold_peaks(logits, lse, head.transform, block=ALIGN, bias=bias) >= head.grad_filter
+
     def _products(self, grad: Tensor, hidden: Tensor, columns: slice, grad_hidden: Tensor | None) -> None:
         if grad_hidden is not None:
             _add_product(grad_hidden, grad, self.head.panel(columns))
         if self.weight is not None:
             _add_product(self.weight[columns], grad.t(), hidden, overwrite=self.first)
 
-    def _sparse_products(
-        self, grad: Tensor, hidden: Tensor, columns: slice, grad_hidden: Tensor | None, keep: Tensor
+    def _filtered_products(
+        self, grad: Tensor, hidden: Tensor, columns: slice, grad_hidden: Tensor | None, needed: Tensor
     ) -> None:
-        """The products over the blocks that grad_filter keeps: per stripe of rows, the columns of its kept blocks."""
+        """The products over the columns that grad_filter leaves in each stripe of rows."""
         if self.weight is not None and self.first:
             self.weight[columns] = 0
-        mask = keep.repeat_interleave(ALIGN, 1)[:, : grad.shape[1]]
-        if keep.double().mean() > MAX_KEPT_FRACTION:
-            for stripe, kept in zip(grad.split(ALIGN), mask, strict=True):
-                stripe.mul_(kept)
-            return self._products(grad, hidden, columns, grad_hidden)
-        for stripe, (part, kept) in enumerate(zip(grad.split(ALIGN), mask, strict=True)):
+        for stripe, (part, mask) in enumerate(zip(grad.split(ALIGN), needed, strict=True)):
             rows = slice(stripe * ALIGN, stripe * ALIGN + part.shape[0])
-            index = kept.nonzero().squeeze(-1)
+            index = mask.nonzero().squeeze(-1)
             part = part.index_select(1, index)
             if grad_hidden is not None:
                 panel = self.head.weight[columns].index_select(0, index).to(self.head.plan.compute)
                 _add_product(grad_hidden[rows], part, panel)
             if self.weight is not None:
                 self.weight[columns].index_add_(0, index, (part.t() @ hidden[rows]).to(self.weight.dtype))
-        return None
 
 
 def fused_gradients(
@@ -205,10 +206,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool 
         total.copy_(left @ right)
     else:
         total.add_(left @ right)
-
-
-def _kept_blocks(head: Head, logits: Tensor, lse: Tensor, bias: Tensor | None) -> Tensor | None:
-    """[row blocks, column blocks] bool: where some probability reaches grad_filter; None where all blocks count."""
-    if head.grad_filter is None:
-        return None
-    return head.fold.fold_peaks(logits, lse, head.transform, block=ALIGN, bias=bias) >= head.grad_filter

@@ -66,9 +66,7 @@ def fold_gradient(
     )
 
 
-def fold_peaks(
-    tile: Tensor, lse: Tensor, transform: Transform, *, block: int, bias: Tensor | None = None
-) -> Tensor:
+def fold_peaks(tile: Tensor, lse: Tensor, transform: Transform, *, block: int, bias: Tensor | None = None) -> Tensor:
     rows, columns = tile.shape
     peaks = lse.new_empty(-(-rows // block), -(-columns // block))
     data, dtype, *shape, _, bias_data, _, inner, outer, softcap = _tile(tile, 0, bias, lse, transform)
@@ -79,7 +77,9 @@ def fold_peaks(
     return peaks
 
 
-def _tile(tile: Tensor, first_column: int, bias: Tensor | None, target: Tensor, transform: Transform) -> tuple[Any, ...]:
+def _tile(
+    tile: Tensor, first_column: int, bias: Tensor | None, target: Tensor, transform: Transform
+) -> tuple[Any, ...]:
     rows, columns = tile.shape
     return (
         *(tile.data_ptr(), str(tile.dtype).removeprefix("torch."), rows, columns, tile.stride(0), first_column),

@@ -11,8 +11,9 @@ vocabulary, row-major with any row stride. With the transform folded into three 
 
 so that lse = max + log sum, logp = target − lse, and the overwritten tile is ∂(Σ coefficient · logp)/∂logit, ready for
 the two products that give the gradients of hidden and weight. Rows of negative target are not read by fold_statistics;
-rows of coefficient 0 become 0 whatever they held; −inf logits have probability 0; NaN and +inf give NaN. Arithmetic is float32 or better for tiles of 16 and 32 bits, float64
-for float64; statistics are kept in float64. Every backend with a tile engine is a module with these three functions.
+rows of coefficient 0 become 0 whatever they held; −inf logits have probability 0; NaN and +inf give NaN. Arithmetic is
+float32 or better for tiles of 16 and 32 bits, float64 for float64; statistics are kept in float64. Every backend with
+a tile engine is a module with these functions.
 """
 
 from __future__ import annotations
