@@ -17,7 +17,7 @@ from mopo_kernels.backends.fold import Statistics, Transform
 try:
     from mopo_kernels import _cpu
 except ImportError as error:
-    _cpu = None
+    _cpu = None  # type: ignore[assignment]
     UNAVAILABLE = f"the C++ kernels are not built ({error}); reinstall with a C++17 compiler"
 else:
     UNAVAILABLE = ""
