@@ -43,8 +43,12 @@ def head_for(
     return Head(weight, wide_bias, transform_of(scales), backends.fold(backend), plan, grad_filter)
 
 
+def scales_of(temperature: float, softcap: float | None, logit_scale: float = 1.0) -> list[float]:
+    """A Transform as floats, the form that a torch operator can take."""
+    return [float(x) for x in Transform.of(temperature, softcap, logit_scale)]
+
+
 def transform_of(scales: list[float]) -> Transform:
-    """The Transform whose fields `scales` lists as floats, the form that a torch operator can take."""
     inner, outer, softcap = scales
     return Transform(inner, outer, bool(softcap))
 
@@ -80,7 +84,7 @@ def run_linear_logprob(
         compute=compute_for(weight, backend),
         workspace_bytes=workspace_bytes,
     )
-    scales = [float(x) for x in Transform.of(temperature, softcap, logit_scale)]
+    scales = scales_of(temperature, softcap, logit_scale)
     return linear_logprob(
         hidden, weight, bias, target, scales, ignore_index, grad_filter, workspace_bytes, keep, backend
     )[0]
@@ -237,8 +241,7 @@ def run_token_logprob(
     backend: str,
 ) -> Tensor:  # [N]
     """What `reference.token_logprob` computes, by the fold kernels."""
-    scales = [float(x) for x in Transform.of(temperature, softcap)]
-    return token_logprob(logits, target, scales, ignore_index, backend)[0]
+    return token_logprob(logits, target, scales_of(temperature, softcap), ignore_index, backend)[0]
 
 
 @torch.library.custom_op("mopo_kernels::token_logprob", mutates_args=())
