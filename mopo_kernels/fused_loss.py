@@ -202,10 +202,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 def _scale(gradient: Tensor, scale: Tensor) -> Tensor:
-    """gradient · scale, without a second copy of it where the graph is about to be freed."""
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * scale.to(gradient.dtype)
-    return gradient.mul_(scale)
+    """gradient · scale, in place where eager mode is about to free the graph, so that no second copy is made."""
+    if type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient.mul_(scale)
+    return gradient * scale.to(gradient.dtype)
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_save)

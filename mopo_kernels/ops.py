@@ -28,7 +28,7 @@ def plan_for(rows: int, weight: Tensor, backend: str, workspace_bytes: int, logi
 
 
 def compute_for(weight: Tensor, backend: str) -> torch.dtype:
-    return compute_dtype(weight.dtype, multiplies_bfloat16=backends.fold(backend).multiplies_bfloat16())
+    return compute_dtype(weight.dtype, multiplies_bfloat16=backends.fold(backend).MULTIPLIES_BFLOAT16)
 
 
 def head_for(

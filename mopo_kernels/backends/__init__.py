@@ -47,10 +47,8 @@ def choose(op: str, device: str, backend: str | None = None) -> Choice:
         if name not in available:
             why = f" ({_unavailable(name)})" if name in names else ""
             raise ValueError(f"{source}={name!r} cannot run {op} on {device}{why}; choose one of {available}")
-        return Choice(op, device, name, f"asked for by {source}{_details(name)}")
-    passed_over = [f"; {name} is passed over: {_unavailable(name)}" for name in names if _unavailable(name)]
-    reason = "first available in the table of preference" + _details(available[0]) + "".join(passed_over)
-    return Choice(op, device, available[0], reason)
+        return Choice(op, device, name, f"asked for by {source}")
+    return Choice(op, device, available[0], "first available in the table of preference")
 
 
 def fold(backend: str) -> Fold:
@@ -63,13 +61,17 @@ def _unavailable(backend: str) -> str:
     return cpu.UNAVAILABLE if backend == "cpu" else ""
 
 
-def _details(backend: str) -> str:
-    return f", {cpu.instruction_set()} kernels" if backend == "cpu" else ""
-
-
 def describe() -> list[Choice]:
     """What runs where on this machine, one line per op and device present (`mopo doctor` prints it)."""
     devices = ["cpu"]
     devices += ["cuda"] if torch.cuda.is_available() else []
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    return [choose(op, device) for op in PREFERENCE for device in devices]
+    return [_explained(choose(op, device)) for op in PREFERENCE for device in devices]
+
+
+def _explained(choice: Choice) -> Choice:
+    """The choice with what it runs on, and with the backends passed over for it."""
+    details = f"; {cpu.instruction_set()} instructions" if choice.backend == "cpu" else ""
+    for name in PREFERENCE[choice.op].get(choice.device, ()):
+        details += f"; {name} is passed over: {_unavailable(name)}" if _unavailable(name) else ""
+    return choice._replace(reason=choice.reason + details)

@@ -24,15 +24,15 @@ else:
     if os.environ.get("MOPO_CPU_ISA"):
         _cpu.choose_isa(os.environ["MOPO_CPU_ISA"])
 
+# Without bfloat16 matrix instructions those products run several times slower than float32 ones.
+MULTIPLIES_BFLOAT16 = os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512") and bool(
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+
 
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "portable"."""
     return _cpu.isa()
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 matrix instructions: else bfloat16 products run many times slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def fold_statistics(

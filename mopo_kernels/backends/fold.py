@@ -64,7 +64,7 @@ class Statistics(NamedTuple):
 class Fold(Protocol):
     """A backend module of the tile engine."""
 
-    def multiplies_bfloat16(self) -> bool: ...  # whether bfloat16 products are faster than float32 ones
+    MULTIPLIES_BFLOAT16: bool  # whether products of bfloat16 are faster than products of float32
 
     def fold_statistics(
         self,
