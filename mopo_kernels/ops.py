@@ -14,7 +14,7 @@ from torch import Tensor
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Statistics, Transform
 from mopo_kernels.plan import CPU_WORKSPACE, Logits, Plan, accumulate_dtype, compute_dtype, fits_kept, plan
-from mopo_kernels.tiles import GradientSum, Head, gather
+from mopo_kernels.tiles import GradientSum, Head, fused_gradients, gather
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; [0] where not needed
 
@@ -77,17 +77,29 @@ def run_linear_logprob(
 ) -> Tensor:  # [N]
     """What `reference.linear_logprob` computes, by the tile engine."""
     workspace_bytes = CPU_WORKSPACE if workspace_bytes is None else workspace_bytes
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    keep = differentiable and fits_kept(
-        *(target.shape[0], weight.shape[1], weight.shape[0]),
-        dtype=weight.dtype,
-        compute=compute_for(weight, backend),
-        workspace_bytes=workspace_bytes,
-    )
     scales = scales_of(temperature, softcap, logit_scale)
+    save = _what_to_save(hidden, weight, bias, target, workspace_bytes, backend)
     return linear_logprob(
-        hidden, weight, bias, target, scales, ignore_index, grad_filter, workspace_bytes, keep, backend
+        hidden, weight, bias, target, scales, ignore_index, grad_filter, workspace_bytes, save, backend
     )[0]
+
+
+def _what_to_save(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, workspace_bytes: int, backend: str
+) -> str:
+    """What the forward leaves for the backward.
+
+    "grad_hidden": ∂logp/∂hidden, which upstream gradients only scale row by row: where nothing else is asked for (a
+    frozen head, LoRA) it is formed in the forward's pass. "logits": where they fit the workspace. Else "nothing".
+    """
+    others = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or others):
+        return "nothing"
+    if not others:
+        return "grad_hidden"
+    rows, (vocab, hidden_size), compute = target.shape[0], weight.shape, compute_for(weight, backend)
+    fits = fits_kept(rows, hidden_size, vocab, dtype=weight.dtype, compute=compute, workspace_bytes=workspace_bytes)
+    return "logits" if fits else "nothing"
 
 
 @torch.library.custom_op("mopo_kernels::linear_logprob", mutates_args=())
@@ -100,21 +112,27 @@ def linear_logprob(
     ignore_index: int,
     grad_filter: float | None,
     workspace_bytes: int,
-    keep: bool,
+    save: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp[N], lse[N] (float64) and, with `keep`, the logits of the counted rows [N, V] for the backward (else [0])."""
+    """logp[N], lse[N] (float64) and what is saved: grad_hidden[N, H], logits[N, V] (counted rows first) or [0]."""
     rows = (target != ignore_index).nonzero().squeeze(-1)
-    plan = plan_for(len(rows), weight, backend, workspace_bytes, "kept" if keep else "recompute")
-    head = head_for(weight, bias, scales, backend, plan)
+    plan = plan_for(len(rows), weight, backend, workspace_bytes, _PLANS[save])
+    head = head_for(weight, bias, scales, backend, plan, grad_filter)
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
     lse = torch.zeros_like(logp)
-    logits = weight.new_empty(_kept_shape(target, weight, keep), dtype=plan.compute)
-    tile = logits if keep else head.tile(len(rows))
-    for part in rows.split(plan.row_block):
+    dtype = result_dtype(weight.dtype)
+    parts = rows.split(plan.row_block)
+    if save == "grad_hidden":
+        sums = GradientSum(head, hidden, needs=(True, False, False), blocks=len(parts))
+        logp = fused_gradients(head, hidden, target, list(parts), lambda _, logp: torch.ones_like(logp), sums)
+        return logp.to(dtype), lse, present(sums.finish(bias), weight)[0]
+    logits = weight.new_empty(_kept_shape(target, weight, save), dtype=plan.compute)
+    tile = logits if save == "logits" else head.tile(len(rows))
+    for part in parts:
         statistics = head.statistics(gather(head, hidden, part), target[part], tile)
         logp[part], lse[part] = statistics.logp, statistics.lse
-    return logp.to(result_dtype(weight.dtype)), lse, logits
+    return logp.to(dtype), lse, logits
 
 
 @linear_logprob.register_fake
@@ -127,16 +145,21 @@ def _(
     ignore_index: int,
     grad_filter: float | None,
     workspace_bytes: int,
-    keep: bool,
+    save: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logp = hidden.new_empty(target.shape, dtype=result_dtype(weight.dtype))
     lse = hidden.new_empty(target.shape, dtype=torch.float64)
-    return logp, lse, weight.new_empty(_kept_shape(target, weight, keep), dtype=compute_for(weight, backend))
+    if save == "grad_hidden":
+        return logp, lse, torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return logp, lse, weight.new_empty(_kept_shape(target, weight, save), dtype=compute_for(weight, backend))
 
 
-def _kept_shape(target: Tensor, weight: Tensor, keep: bool) -> tuple[int, ...]:
-    return (target.shape[0], weight.shape[0]) if keep else (0,)
+_PLANS: dict[str, Logits] = {"grad_hidden": "fused", "logits": "kept", "nothing": "recompute"}
+
+
+def _kept_shape(target: Tensor, weight: Tensor, save: str) -> tuple[int, ...]:
+    return (target.shape[0], weight.shape[0]) if save == "logits" else (0,)
 
 
 @torch.library.custom_op("mopo_kernels::linear_logprob_backward", mutates_args=())
@@ -205,24 +228,37 @@ def fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: l
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, bias, target, *options = inputs
-    _, lse, logits = output
-    ctx.mark_non_differentiable(lse, logits)
+    _, lse, saved = output
+    ctx.mark_non_differentiable(lse, saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, lse, logits)
+    ctx.save_for_backward(hidden, weight, bias, target, lse, saved)
     ctx.options = options
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_logp is None:
         return (None,) * 10
-    hidden, weight, bias, target, lse, logits = ctx.saved_tensors
-    scales, ignore_index, grad_filter, workspace_bytes, _keep, backend = ctx.options
+    hidden, weight, bias, target, lse, saved = ctx.saved_tensors
+    scales, ignore_index, grad_filter, workspace_bytes, save, backend = ctx.options
+    if save == "grad_hidden":
+        return _scale_rows(saved, grad_logp, hidden), *(None,) * 9
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_logprob_backward(
-        *(grad_logp, hidden, weight, bias, target, lse, logits, needs),
+        *(grad_logp, hidden, weight, bias, target, lse, saved, needs),
         *(scales, ignore_index, grad_filter, workspace_bytes, backend),
     )
     return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 7
+
+
+@torch.library.custom_op("mopo_kernels::scale_rows", mutates_args=())
+def _scale_rows(gradient: Tensor, scale: Tensor, hidden: Tensor) -> Tensor:
+    """gradient · scale per row: an operator, and one of hidden, so that a second differentiation is refused."""
+    return gradient * scale.unsqueeze(-1).to(gradient.dtype)
+
+
+@_scale_rows.register_fake
+def _(gradient: Tensor, scale: Tensor, hidden: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
 
 
 linear_logprob.register_autograd(_backward, setup_context=_save)
@@ -340,4 +376,5 @@ def refuse_double_backward(operator: torch.library.CustomOpDef) -> None:
 
 
 refuse_double_backward(linear_logprob_backward)
+refuse_double_backward(_scale_rows)
 refuse_double_backward(token_logprob_backward)
