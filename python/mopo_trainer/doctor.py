@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -87,9 +88,7 @@ def cpu() -> dict[str, Any]:
 
 
 def backend_table() -> list[dict[str, str]]:
-    return [
-        dict(zip(("op", "device", "backend", "reason"), map(str, row), strict=True)) for row in backends.describe()
-    ]
+    return [dict(zip(("op", "device", "backend", "reason"), map(str, row), strict=True)) for row in backends.describe()]
 
 
 def report() -> dict[str, Any]:
@@ -123,7 +122,7 @@ def run_doctor(*, as_json: bool = False) -> int:
 def _print(found: dict[str, Any], console: Console) -> None:
     console.print(f"mopo-kernels {found['mopo_kernels']}, Python {found['python']} ({sys.executable})")
     console.print(found["platform"], style="dim")
-    table = Table(title="Packages", title_justify="left", title_style="bold")
+    table = Table(title="Packages", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
     for heading in ("package", "installed", "needed", "status", "for"):
         table.add_column(heading)
     for package in found["packages"]:
@@ -138,7 +137,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
     for line in found["devices"]:
         console.print(f"  {line}")
     console.print()
-    table = Table(title="Backends", title_justify="left", title_style="bold")
+    table = Table(title="Backends", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
     for heading in ("op", "device", "backend", "why"):
         table.add_column(heading)
     for row in found["backends"]:

@@ -178,35 +178,41 @@ def _draw_front(ax: Axes, pair: NDArray[np.float64]) -> None:
 
 
 def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
-    """Training curves: loss, win rates against their thresholds, multipliers, effective sample size; saved if `path`.
+    """Training curves: loss, the target's win rates, multipliers, held-out win rates; saved if `path` is given.
 
-    log_history: as `transformers.Trainer` keeps it; keys `loss`, `win_rate/<objective>`, `threshold/<objective>`,
-    `multiplier/<objective>`, `kl`, and the same with `eval_` before them.
+    log_history: as `transformers.Trainer` keeps it, with the keys that MOPOTrainer logs: `loss`, `win_rate/NAME`,
+    `threshold/NAME`, `multiplier/NAME`, `tokens_per_second`, `eval_loss`, `eval_win_rate/NAME`.
     """
     names = objective_names(log_history)
+    held_out = any(key.startswith("eval_win_rate/") for row in log_history for key in row)
     fig = new_figure(10.0, 7.0)
-    loss, rates, multipliers, drift = fig.subplots(2, 2).ravel()
-    _draw_series(loss, log_history, "loss", color=color(0), label="training loss")
-    _draw_series(loss, log_history, "eval_loss", color=color(1), marker="o", label="held-out loss")
+    loss, target, multipliers, last = fig.subplots(2, 2).ravel()
+    _draw_series(loss, log_history, "loss", color=color(0), label="training")
+    _draw_series(loss, log_history, "eval_loss", color=color(1), marker="o", label="held out")
     _tidy(loss, title="Loss", ylabel="loss (nats)")
+    if len(loss.get_lines()) > 1:
+        loss.legend(frameon=False, fontsize=8)
     for i, name in enumerate(names):
         label = f"{name} (primary)" if i == 0 else name
-        _draw_series(rates, log_history, f"win_rate/{name}", color=color(i), label=label)
-        _draw_series(rates, log_history, f"threshold/{name}", color=color(i), linestyle="--", linewidth=1.1)
-        _draw_series(rates, log_history, f"eval_win_rate/{name}", color=color(i), marker="o", linestyle=":")
+        _draw_series(target, log_history, f"win_rate/{name}", color=color(i), label=label)
+        for ax in (target, last) if held_out else (target,):
+            _draw_series(ax, log_history, f"threshold/{name}", color=color(i), linestyle="--", linewidth=1.1)
         if i:
             _draw_series(multipliers, log_history, f"multiplier/{name}", color=color(i))
-    _tidy(rates, title="Win rate (dashed: threshold; dots: held out)", ylabel="win rate")
+        _draw_series(last, log_history, f"eval_win_rate/{name}", color=color(i), marker="o")
+    _tidy(target, title="Win rates of the target, per batch (dashed: threshold)", ylabel="win rate")
     _tidy(multipliers, title="Multipliers", ylabel="multiplier λ")
     multipliers.set_ylim(bottom=0.0)
-    _draw_series(drift, log_history, "kl", color=color(0))
-    _tidy(drift, title="Distance from the reference", ylabel="KL estimate (nats)")
-    for ax in (loss, rates, multipliers, drift):
+    if held_out:
+        _tidy(last, title="Held-out win rates that the model's log-probs imply", ylabel="win rate")
+    else:
+        _draw_series(last, log_history, "tokens_per_second", color=color(0))
+        _tidy(last, title="Speed", ylabel="tokens per second")
+        last.set_ylim(bottom=0.0)
+    for ax in (loss, target, multipliers, last):
         ax.set_xlabel("optimizer step")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if loss.get_lines():
-        loss.legend(frameon=False, fontsize=8)
-    _outside_legend(fig, [rates])
+    _outside_legend(fig, [target])
     if path is not None:
         save_figure(fig, path)
     return fig

@@ -1,0 +1,322 @@
+"""The command `mopo`: train, solve, pareto, demo, doctor.
+
+Every subcommand imports what it needs when it runs, so that `mopo --help` answers at once and `mopo solve` never loads
+a model library. Wrong input ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mopo_trainer.thresholds import parse_thresholds
+
+DESCRIPTION = "Align language models with several preferences at once: maximise one, hold thresholds on the others."
+
+MAIN_EXAMPLES = """\
+a first session:
+  mopo doctor                                  what is installed, which backend runs here and why
+  mopo solve labels.jsonl --primary helpful    which thresholds the labels allow, what each costs
+  mopo solve labels.jsonl --primary helpful --threshold harmless=0.6
+  mopo train config.yaml --max_steps 300       train under these thresholds
+  mopo demo                                    all of this on a small real model, about ten minutes on a CPU
+
+`mopo COMMAND --help` explains each with examples.  A traceback instead of one line: --debug or MOPO_DEBUG=1.
+"""
+
+SOLVE_EXAMPLES = """\
+examples:
+  mopo solve labels.jsonl                       what each objective can reach, a sweep of each threshold
+  mopo solve labels.jsonl --primary specificity --scorer brevity
+                                                the same, with an objective computed from the text
+  mopo solve labels.jsonl --primary specificity --scorer brevity \\
+      --threshold fluency=0.5 --threshold brevity=0.7
+                                                multipliers and win rates under these thresholds
+  mopo solve labels.jsonl --scorer short=brevity --scorer polite=my_scorers:politeness
+
+reading the table: `corr.` is the correlation with the primary's win rates; `free` what comes without asking (a lower
+threshold costs nothing); `best` the largest threshold that can be asked for alone; `cost` the primary's win rate given
+up for that threshold, the others kept; the multiplier its price at the margin.  All are win rates of the ideal policy
+over the labelled responses: what training aims at.  A cost below 0 is no error: what is maximised is the primary's win
+rate less tau times the distance from the reference.
+
+data: JSONL, JSON, Parquet, a directory of datasets.save_to_disk or a name on the hub, one prompt a row:
+  {"prompt": "..", "chosen": "..", "rejected": "..", "preference": {"helpful": 1, "harmless": 0.5}}
+  {"prompt": "..", "responses": ["..", ".."], "ratings": {"helpful": [4, 2], "harmless": [1, 5]}}
+  {"prompt": "..", "responses": ["..", ".."], "comparisons": {"helpful": [[0, 1, 0.8]]}}
+"""
+
+PARETO_EXAMPLES = """\
+examples:
+  mopo pareto                                   a small built-in problem with a conflict between two objectives
+  mopo pareto --example cycle                   preferences that no reward model represents (rock, paper, scissors)
+  mopo pareto problem.json --points 40          a tabular problem of your own
+  mopo pareto labels.jsonl --primary specificity --scorer brevity --objective fluency --objective brevity
+                                                the front that labelled data allow
+
+a tabular problem is one JSON object: P[K][Y][Y] (P[k][i][j]: how probably response i beats j on objective k), and
+optionally mu[Y] (who it is compared with; default uniform), pi_ref[Y] (default mu), tau, primary (an index or a name),
+objectives[K] and responses[Y] (names), thresholds {objective: win rate} (marked in the figure).
+The hypervolume is measured from the reference point 0.
+"""
+
+DEMO_EXAMPLES = """\
+examples:
+  mopo demo                        SmolLM2-135M-Instruct, three conflicting objectives, under 10 minutes on 2 cores
+  mopo demo --steps 100            longer training
+  mopo demo --tiny                 a random tiny model, seconds: does everything run?
+"""
+
+DOCTOR_EXAMPLES = """\
+examples:
+  mopo doctor                      exit code 0: ready; 1: a package that training needs is missing or too old
+  mopo doctor --json > doctor.json
+"""
+
+
+class UsageError(ValueError):
+    """Arguments that argparse refuses."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line (its own print the usage first, a page for `mopo train`)."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("MOPO_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"mopo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("mopo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["train"]:  # its options come from dataclasses that take seconds to import
+        from mopo_trainer.train import run_train
+
+        return run_train(arguments[1:])
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.run is None:
+        parser.print_help()
+        return 0
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def build_parser() -> Parser:
+    """The parser of every subcommand but `train`, whose own lies in `mopo_trainer.train`."""
+    parser = Parser(prog="mopo", description=DESCRIPTION, epilog=MAIN_EXAMPLES, **_STYLE)
+    parser.add_argument("--version", action="version", version=f"mopo {_version()}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands.add_parser("train", help="train a language model under thresholds (HF arguments or a YAML file)")
+    _add_solve(commands)
+    _add_pareto(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    return parser
+
+
+_STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+
+def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Parser:
+    parser: Parser = commands.add_parser(name, **texts, **_STYLE)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_solve(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "solve",
+        _solve,
+        help="from labels alone: which thresholds are attainable, what each costs, the multipliers",
+        description="Which thresholds the labels allow, what each costs the primary objective, and the multipliers.",
+        epilog=SOLVE_EXAMPLES,
+    )
+    parser.add_argument("file", metavar="FILE", help="label data (see below)")
+    _add_label_options(parser)
+    parser.add_argument("--points", type=_points, default=21, metavar="N", help="points per sweep (default 21)")
+    _add_output(parser, "mopo-solve", "solve.json and solve.png")
+
+
+def _add_pareto(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "pareto",
+        _pareto,
+        help="sweep the thresholds: the front, a figure, its hypervolume",
+        description="The Pareto front of a tabular problem or of label data.",
+        epilog=PARETO_EXAMPLES,
+    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help="tabular problem or label data; none: the example")
+    parser.add_argument("--example", default="conflict", metavar="NAME", help="built-in problem: conflict or cycle")
+    _add_label_options(parser)
+    parser.add_argument("--points", type=_points, default=25, metavar="N", help="points per sweep (default 25)")
+    _add_output(parser, "mopo-pareto", "pareto.json and pareto.png")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        _demo,
+        help="the whole way on a small real model, ten minutes on a CPU",
+        description="Train SmolLM2-135M-Instruct with and without thresholds and compare what it writes.",
+        epilog=DEMO_EXAMPLES,
+    )
+    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run")
+    parser.add_argument("--tiny", action="store_true", help="a random tiny model, seconds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
+    _add_output(parser, "mopo-demo", "tables, figures and texts")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "doctor",
+        _doctor,
+        help="versions, devices, which backend runs and why",
+        description="What is installed, on which hardware, and which backend each operation runs on.",
+        epilog=DOCTOR_EXAMPLES,
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_label_options(parser: Parser) -> None:
+    parser.add_argument("--primary", metavar="NAME", help="objective to maximise (default: the first in the data)")
+    parser.add_argument(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="NAME=WIN_RATE",
+        help="win rate to hold for a secondary, for example brevity=0.6; repeat for more",
+    )
+    parser.add_argument(
+        "--objective", action="append", default=[], metavar="NAME", help="keep only these secondaries; repeat for more"
+    )
+    parser.add_argument(
+        "--scorer",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="objective from the text: brevity, friendliness, plain_language, name=BUILT_IN or name=module:function",
+    )
+    parser.add_argument("--tau", type=float, metavar="T", help="temperature of the KL penalty (default 0.08)")
+    parser.add_argument(
+        "--eps", type=_eps, default=0.0, metavar="E", help="radius of the robust bound, or auto (default 0)"
+    )
+    parser.add_argument(
+        "--rating-scale", type=float, metavar="S", help="P = sigmoid(rating difference / S) instead of 1, 1/2, 0"
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
+    parser.add_argument("--adapter", metavar="NAME", help="read FILE as this public data set instead of guessing")
+
+
+def _add_output(parser: Parser, default: str, what: str) -> None:
+    parser.add_argument(
+        "--output", type=Path, default=Path(default), metavar="DIR", help=f"where {what} go (default {default})"
+    )
+
+
+def _points(text: str) -> int:
+    number = _positive(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{number} is too few for a sweep; give at least 2")
+    return number
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return number
+
+
+def _eps(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
+# ------------------------------------------------------------------------------------------------------ subcommands
+
+
+def _solve(args: argparse.Namespace) -> int:
+    thresholds = parse_thresholds(args.threshold)
+    from mopo_trainer.solve import run_solve
+
+    return run_solve(_label_problem(args), thresholds, points=args.points, output=args.output)
+
+
+def _pareto(args: argparse.Namespace) -> int:
+    thresholds = parse_thresholds(args.threshold)
+    from mopo_trainer import pareto
+
+    problem: Any
+    if args.file is None:
+        problem = pareto.example(args.example, primary=args.primary, tau=args.tau)
+    elif pareto.is_tabular(Path(args.file)):
+        problem = pareto.load_tabular(Path(args.file), primary=args.primary, tau=args.tau)
+    else:
+        problem = _label_problem(args)
+    return pareto.run_pareto(problem, thresholds, points=args.points, output=args.output)
+
+
+def _label_problem(args: argparse.Namespace) -> Any:
+    from mopo_trainer.solve import load_problem
+
+    return load_problem(
+        args.file,
+        primary=args.primary,
+        objectives=args.objective,
+        split=args.split,
+        scorers=args.scorer,
+        rating_scale=args.rating_scale,
+        adapter=args.adapter,
+        tau=0.08 if args.tau is None else args.tau,
+        eps=args.eps,
+    )
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from mopo_trainer.demo import run_demo
+
+    return run_demo(steps=args.steps, tiny=args.tiny, seed=args.seed, output=args.output)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mopo_trainer.doctor import run_doctor
+
+    return run_doctor(as_json=args.json)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("mopo-kernels")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

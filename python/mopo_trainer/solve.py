@@ -1,0 +1,334 @@
+"""What thresholds cost, from the labels alone: no model, seconds, before anyone pays for a GPU.
+
+The weights that MOPO trains towards depend on labels and multipliers only. Solving the dual over the whole data set
+therefore says which thresholds are attainable, the multipliers that attain them, and the primary's win rate that is
+left. These are win rates of the target π* over the labelled responses; a trained model approaches them at best.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mopo_kernels import DualSolution, InfeasibleThresholds, solve_dual
+from mopo_kernels.dual import attainable_range, auto_eps
+from mopo_trainer import data, plots
+from mopo_trainer.files import write_json
+from mopo_trainer.scorers import load_scorers
+
+RATCHET_BETA = 0.9995  # the paper's, and the trainer's default: what eps="auto" is measured by
+
+
+class Problem(ABC):
+    """Objectives, the primary first, and the solution for any thresholds on the others."""
+
+    objectives: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def headline(self) -> str:
+        """The problem in one line."""
+
+    @property
+    @abstractmethod
+    def reference(self) -> Tensor:
+        """Win rates of the reference policy, [K]."""
+
+    @property
+    @abstractmethod
+    def best_alone(self) -> Tensor:
+        """The best that each objective can reach if it alone has a threshold, [K]."""
+
+    @abstractmethod
+    def solve_bounds(self, bounds: Tensor) -> Solution:
+        """Solution for thresholds [K-1] in column order, -inf = none."""
+
+    @property
+    def primary(self) -> str:
+        return self.objectives[0]
+
+    @property
+    def secondaries(self) -> tuple[str, ...]:
+        return self.objectives[1:]
+
+    def solve(self, thresholds: Mapping[str, float]) -> Solution:
+        """The ideal policy under `thresholds`; objectives without one are unconstrained.
+
+        Raises:
+            ValueError: a threshold on the primary or on an unknown objective.
+            InfeasibleThresholds: by the objective's name.
+        """
+        for name in thresholds:
+            if name == self.primary:
+                raise ValueError(f"threshold on {name!r}: it is the primary, which is maximised, not held")
+            if name not in self.objectives:
+                known = ", ".join(self.secondaries) or "none"
+                raise ValueError(f"threshold on unknown objective {name!r}; the secondaries here are: {known}")
+        bounds = torch.tensor([thresholds.get(name, -math.inf) for name in self.secondaries], dtype=torch.float64)
+        try:
+            return self.solve_bounds(bounds)
+        except InfeasibleThresholds as error:
+            name = self.objectives[int(error.objective)]
+            raise InfeasibleThresholds(name, error.threshold, error.attainable) from None
+
+    def best(self, objective: str, others: Mapping[str, float]) -> float:
+        """A threshold on `objective` that holds together with `others`, within 1% of the largest such one.
+
+        `others` must be attainable.
+        """
+        k = self.objectives.index(objective)
+        high = float(self.best_alone[k])
+        if not others:
+            return high
+        low = float(self.solve(others).lower_bounds[k])
+        precision = 0.01 * (high - low)
+        while high - low > precision:
+            middle = (low + high) / 2
+            try:
+                self.solve({**others, objective: middle})
+                low = middle
+            except InfeasibleThresholds:
+                high = middle
+        return low
+
+
+class Solution(Protocol):
+    @property
+    def multipliers(self) -> Tensor: ...  # [K], 1 at the primary
+
+    @property
+    def win_rates(self) -> Tensor: ...  # [K]
+
+    @property
+    def lower_bounds(self) -> Tensor: ...  # [K], what thresholds bound; the win rates at eps = 0
+
+
+@dataclass(frozen=True)
+class LabelProblem(Problem):
+    """Labels of a data set."""
+
+    source: str
+    objectives: tuple[str, ...]
+    win_rate: Tensor  # [M, K], NaN = unlabelled
+    group: Tensor  # [M]
+    tau: float
+    eps: float
+
+    @property
+    def headline(self) -> str:
+        groups, responses = self.group.unique().numel(), self.group.numel()
+        radius = f", ε = {self.eps:g}" if self.eps else ""
+        return (
+            f"{Path(self.source).name}: {groups:,} groups, {responses:,} responses, "
+            f"primary {self.primary}, τ = {self.tau:g}{radius}"
+        )
+
+    @property
+    def reference(self) -> Tensor:
+        no_bounds = [-math.inf] * len(self.secondaries)
+        return solve_dual(self.win_rate, self.group, no_bounds, tau=1e9).win_rates  # π* tends to π_ref as tau grows
+
+    @cached_property
+    def best_alone(self) -> Tensor:
+        return attainable_range(self.win_rate, self.group, tau=self.tau, eps=self.eps)[1]
+
+    def solve_bounds(self, bounds: Tensor) -> DualSolution:
+        return solve_dual(self.win_rate, self.group, bounds, tau=self.tau, eps=self.eps)
+
+
+def load_problem(
+    source: str,
+    *,
+    primary: str | None = None,
+    objectives: Sequence[str] = (),
+    split: str = "train",
+    scorers: Sequence[str] = (),
+    rating_scale: float | None = None,
+    adapter: str | None = None,
+    tau: float = 0.08,
+    eps: float | Literal["auto"] = 0.0,
+) -> LabelProblem:
+    """Read label data (`mopo_trainer.data.to_groups`) and put the primary first.
+
+    Args:
+        primary: the objective to maximise; None takes the first that the data names.
+        eps: radius of the robust bounds, "auto" as `mopo_kernels.dual.auto_eps` finds it.
+        objectives: the secondaries to keep; all of them if empty.
+
+    Raises:
+        DataError: data that cannot be read.
+        ValueError: a primary or an objective that the data does not carry.
+    """
+    rows = data.load_rows(source, split=split)
+    groups = data.to_groups(rows, scorers=load_scorers(scorers), rating_scale=rating_scale, adapter=adapter)
+    names = data.objectives(groups)
+    for wanted in filter(None, (primary, *objectives)):
+        if wanted not in names:
+            raise ValueError(f"{source} has no objective {wanted!r}; it has: {', '.join(names)}")
+    first = primary or (objectives or names)[0]
+    order = (first, *(name for name in names if name != first and (not objectives or name in objectives)))
+    win_rate, group = data.labels(groups, order)
+    radius = auto_eps(win_rate, group, beta=RATCHET_BETA) if eps == "auto" else eps
+    return LabelProblem(source, order, win_rate, group, tau, radius)
+
+
+# ---------------------------------------------------------------------------------------------------------- analysis
+
+
+def analyse(problem: LabelProblem, thresholds: Mapping[str, float], *, points: int = 21) -> dict[str, Any]:
+    """All that `mopo solve` reports, as plain numbers (its JSON file holds exactly this).
+
+    Raises:
+        InfeasibleThresholds: names the objective, its threshold and the best attainable value.
+    """
+    return {
+        "source": problem.source,
+        "groups": problem.group.unique().numel(),
+        "responses": problem.group.numel(),
+        "tau": problem.tau,
+        "eps": problem.eps,
+        "primary": problem.primary,
+        "objectives": objective_rows(problem, thresholds),
+        "sweeps": [sweep(problem, thresholds, name, points) for name in problem.secondaries],
+    }
+
+
+def objective_rows(problem: LabelProblem, thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Per objective: what comes for free, the best attainable, and under the thresholds win rate, multiplier, cost."""
+    chosen = problem.solve(thresholds)
+    free = problem.solve({}) if thresholds else chosen
+    rows = []
+    for k, name in enumerate(problem.objectives):
+        others = {other: bound for other, bound in thresholds.items() if other != name}
+        cost = None
+        if name in thresholds:
+            cost = float(problem.solve(others).win_rates[0] - chosen.win_rates[0])
+        rows.append(
+            {
+                "objective": name,
+                "labelled_groups": problem.group[~problem.win_rate[:, k].isnan()].unique().numel(),
+                "correlation": _correlation(problem.win_rate[:, 0], problem.win_rate[:, k]),
+                "free": float(free.lower_bounds[k]),
+                "best": None if k == 0 else float(problem.best_alone[k]),
+                "threshold": thresholds.get(name),
+                "win_rate": float(chosen.win_rates[k]),
+                "lower_bound": float(chosen.lower_bounds[k]),
+                "multiplier": float(chosen.multipliers[k]),
+                "cost": cost,
+            }
+        )
+    return rows
+
+
+def sweep(problem: Problem, thresholds: Mapping[str, float], objective: str, points: int) -> dict[str, Any]:
+    """Move one threshold from what comes for free to nearly the best attainable, the others staying as they are."""
+    others = {name: b for name, b in thresholds.items() if name != objective}
+    k = problem.objectives.index(objective)
+    low, high = float(problem.solve(others).lower_bounds[k]), problem.best(objective, others)
+    # The last point stops 1% short of the best: there the multiplier is infinite.
+    bounds = [low + 0.99 * (high - low) * i / (points - 1) for i in range(points)]
+    solutions = [problem.solve({**others, objective: bound}) for bound in bounds]
+    return {
+        "objective": objective,
+        "thresholds": bounds,
+        "primary": [float(solution.win_rates[0]) for solution in solutions],
+        "multipliers": [float(solution.multipliers[k]) for solution in solutions],
+    }
+
+
+def _correlation(first: Tensor, second: Tensor) -> float | None:
+    """Pearson correlation over responses that both objectives label; None if one of them is constant there."""
+    both = ~(first.isnan() | second.isnan())
+    x, y = first[both] - first[both].mean(), second[both] - second[both].mean()
+    scale = (x.norm() * y.norm()).item()
+    return (x @ y).item() / scale if scale > 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------- output
+
+
+def run_solve(problem: LabelProblem, thresholds: Mapping[str, float], *, points: int, output: Path) -> int:
+    """Analyse, print tables, write `solve.json` and `solve.png` into `output`."""
+    found = analyse(problem, thresholds, points=points)
+    console = Console()
+    console.print(problem.headline, style="bold", soft_wrap=True)
+    print_report(found, console)
+    files = [write_json(output / "solve.json", found)]
+    if found["sweeps"]:
+        files.append(plots.save_figure(plot_report(found, problem.headline), output / "solve.png"))
+    console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
+    return 0
+
+
+def plot_report(found: Mapping[str, Any], headline: str) -> Figure:
+    """Figure of `analyse`'s sweeps with the chosen thresholds marked."""
+    primary = found["objectives"][0]
+    rows = {row["objective"]: row for row in found["objectives"]}
+    sweeps = []
+    for line in found["sweeps"]:
+        row = rows[line["objective"]]
+        chosen = row["threshold"] is not None and (row["threshold"], primary["win_rate"], row["multiplier"])
+        sweeps.append({**line, "chosen": chosen or None})
+    return plots.plot_costs(sweeps, found["primary"], subtitle=headline)
+
+
+def print_report(found: Mapping[str, Any], console: Console) -> None:
+    """Tables of `analyse`: the objectives, and the price list of the thresholds (all where none is asked for)."""
+    rows = found["objectives"]
+    console.print(objectives_table(rows, found["groups"]))
+    asked = [row["objective"] for row in rows if row["threshold"] is not None]
+    sweeps = [line for line in found["sweeps"] if not asked or line["objective"] in asked]
+    if sweeps:
+        kept = ", other thresholds kept" if len(asked) > 1 else ""
+        console.print(_price_table(sweeps, found["primary"], title=f"Price list: one threshold moved{kept}"))
+
+
+def objectives_table(rows: Sequence[Mapping[str, Any]], num_groups: int) -> Table:
+    """`objective_rows` as a table; the primary stands first, in bold."""
+    constrained = any(row["threshold"] is not None for row in rows)
+    partly = any(row["labelled_groups"] < num_groups for row in rows)
+    table = Table(title="Win rates of the ideal policy", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("objective", no_wrap=True)
+    headings = ["groups"] * partly + ["corr.", "free", "best"]
+    headings += ["threshold", "win rate", "multiplier", "cost"] * constrained
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [str(row["labelled_groups"])] * partly
+        cells += [_number(row["correlation"], "+.2f"), _number(row["free"]), _number(row["best"])]
+        if constrained:
+            multiplier = row["multiplier"] if row["threshold"] is not None else None
+            cells += [_number(x) for x in (row["threshold"], row["win_rate"], multiplier, row["cost"])]
+        table.add_row(row["objective"], *cells, style="bold" if row is rows[0] else None)
+    return table
+
+
+def _price_table(sweeps: Sequence[Mapping[str, Any]], primary: str, *, title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("objective", no_wrap=True)
+    for heading in ("threshold", primary, "cost", "multiplier"):
+        table.add_column(heading, justify="right")
+    for line in sweeps:
+        last = len(line["thresholds"]) - 1
+        for i in dict.fromkeys(round(last * share) for share in (0, 0.25, 0.5, 0.75, 1)):
+            lost = line["primary"][0] - line["primary"][i]
+            values = (line["thresholds"][i], line["primary"][i], lost, line["multipliers"][i])
+            name = line["objective"] if i == 0 else ""
+            table.add_row(name, *map(_number, values), end_section=i == last)
+    return table
+
+
+def _number(value: float | None, spec: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{spec}}"

