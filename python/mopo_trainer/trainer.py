@@ -328,7 +328,7 @@ class MOPOTrainer(Trainer):
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         dual = {f"dual.{name}": value for name, value in self.dual.state_dict().items()}
         reference = {f"reference.{name}": value for name, value in self.reference.items()}
-        save_file({k: v.contiguous() for k, v in (dual | reference).items()}, written / STATE_FILE)
+        save_file({k: v.clone() for k, v in (dual | reference).items()}, written / STATE_FILE)  # no shared storage
         write_manifest(written)
         if final.exists():
             final.rename(written.parent / "replaced")
