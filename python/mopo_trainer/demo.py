@@ -1,0 +1,351 @@
+"""`mopo demo`: the whole way on a small real model, from labels to texts, with and without thresholds.
+
+SmolLM2-135M-Instruct learns to write friendlier messages. The data (demo_data/: prompts written for this demo, four
+responses of the model itself to each) carry three objectives that conflict, computed from the text: friendliness,
+brevity and plain language. Friendliness alone is bought with length; under thresholds it must not be.
+
+1. the labels: which thresholds are attainable, what they cost (`mopo_trainer.solve`);
+2. two LoRA adapters: the primary alone, and MOPO under thresholds (`MOPOTrainer`);
+3. held-out prompts: texts of the base model and of both, and win rates against the base model with intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    set_seed,
+)
+
+from mopo_trainer import plots
+from mopo_trainer.config import MOPOConfig
+from mopo_trainer.data import labels, load_rows, split_groups, to_groups
+from mopo_trainer.evaluate import Interval, bootstrap_interval, sampled_win_rates
+from mopo_trainer.files import atomic_path, write_json
+from mopo_trainer.pareto import front
+from mopo_trainer.sampling import DEMO_DATA, sample_responses
+from mopo_trainer.scorers import BUILT_IN
+from mopo_trainer.smollm import smollm2
+from mopo_trainer.solve import LabelProblem, analyse, print_report
+from mopo_trainer.trainer import MOPOTrainer
+
+PRIMARY = "friendliness"
+THRESHOLDS = {"brevity": 0.6, "plain_language": 0.55}
+OBJECTIVES = (PRIMARY, *THRESHOLDS)
+SCORERS = {name: BUILT_IN[name] for name in OBJECTIVES}
+BASE, ALONE, MOPO = "base", "primary alone", "MOPO"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how long the demo takes and what it can show."""
+
+    steps: int = 24
+    groups_per_step: int = 8
+    learning_rate: float = 1e-3
+    lora_rank: int = 16
+    # Win rates in a group of four are multiples of 1/6: with tau = 0.08 the runner-up weighs 0.11, the rest below 0.02.
+    min_weight: float = 0.05
+    tau: float = 0.08
+    test_fraction: float = 0.25
+    num_samples: int = 4  # per held-out prompt and model
+    max_new_tokens: int = 96
+    temperature: float = 0.7
+    top_p: float = 0.95
+    num_groups: int | None = None  # all
+
+
+TINY = Settings(steps=2, groups_per_step=2, lora_rank=2, num_samples=2, max_new_tokens=8, num_groups=12)
+
+
+def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, output: Path = Path("mopo-demo")) -> int:
+    """Runs the demo and writes results.json, texts.jsonl, front.png and training.png to `output`.
+
+    Args:
+        steps: training steps of each run; the default keeps the whole under ten minutes on two cores.
+        tiny: a random tiny model made in this process instead of SmolLM2: seconds, no download, no meaning.
+    """
+    start = time.perf_counter()
+    console = Console()
+    settings = TINY if tiny else Settings()
+    settings = settings if steps is None else replace(settings, steps=steps)
+    train_groups, test_groups = _load_groups(settings, seed)
+    prompts = list(test_groups["prompt"])
+
+    console.rule("1. What the labels allow")
+    problem = LabelProblem("demo", OBJECTIVES, *labels(train_groups, OBJECTIVES), settings.tau, eps=0.0)
+    console.print(problem.headline, style="bold", soft_wrap=True)
+    analysis = analyse(problem, THRESHOLDS)
+    print_report(analysis, console)
+
+    console.rule("2. Training and sampling")
+    texts, logs, seconds = {}, {}, {}
+    for name, thresholds in {BASE: None, ALONE: {}, MOPO: THRESHOLDS}.items():
+        model, tokenizer = _load_model(tiny, seed)
+        began = time.perf_counter()
+        if thresholds is not None:
+            console.print(f"Training: {name} {_describe(thresholds)}", style="bold", soft_wrap=True)
+            model, logs[name] = _train(model, tokenizer, train_groups, thresholds, settings, seed, output)
+        trained = time.perf_counter()
+        texts[name] = sample_responses(
+            model,
+            tokenizer,
+            prompts,
+            num_samples=settings.num_samples,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=seed,
+            description=f"Sampling: {name}",
+        )
+        seconds[name] = {"training": trained - began, "sampling": time.perf_counter() - trained}
+
+    console.rule("3. Held-out prompts")
+    results = compare(prompts, texts)
+    console.print(_win_rate_table(results))
+    console.print(_difference_table(results))
+    _print_texts(console, prompts, texts)
+
+    subtitle = f"{len(prompts)} held-out prompts × {settings.num_samples} samples; line: what the training labels allow"
+    files = [
+        write_json(
+            output / "results.json",
+            {
+                "settings": asdict(settings) | {"tiny": tiny, "seed": seed, "thresholds": THRESHOLDS},
+                "versions": {"python": platform.python_version()}
+                | {package: version(package) for package in ("mopo-kernels", "torch", "transformers", "peft")},
+                "threads": torch.get_num_threads(),
+                "labels": analysis,
+                "held_out": results,
+                "seconds": seconds | {"total": time.perf_counter() - start},
+                "log_history": logs,
+            },
+        ),
+        _write_texts(output / "texts.jsonl", prompts, texts),
+        plots.save_figure(_front_figure(problem, results, subtitle), output / "front.png"),
+    ]
+    plots.plot_training(logs[MOPO], output / "training.png")
+    console.print(f"Written: {', '.join(map(str, [*files, output / 'training.png']))}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - start:.0f} s in all.")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ data and training
+
+
+def _load_groups(settings: Settings, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, held-out) groups, labelled by the scorers."""
+    rows = load_rows(str(DEMO_DATA / "responses.jsonl"))
+    if settings.num_groups is not None:
+        rows = rows.select(range(settings.num_groups))
+    return split_groups(to_groups(rows, scorers=SCORERS), settings.test_fraction, seed)
+
+
+def _load_model(tiny: bool, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if tiny:
+        return _tiny_model(seed)
+    source = smollm2()
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
+
+
+def _tiny_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random two-layer model over bytes."""
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Dataset,
+    thresholds: Mapping[str, float],
+    settings: Settings,
+    seed: int,
+    output: Path,
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The model with a trained LoRA adapter merged into it, and the training log."""
+    set_seed(seed)
+    adapter = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
+    args = MOPOConfig(
+        output_dir=str(output / "trainer"),
+        primary=PRIMARY,
+        thresholds=[f"{name}={value}" for name, value in thresholds.items()],
+        tau=settings.tau,
+        min_weight=settings.min_weight,
+        as_chat=True,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.groups_per_step,
+        learning_rate=settings.learning_rate,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = MOPOTrainer(model, args, train_dataset=groups, processing_class=tokenizer, peft_config=adapter)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress())
+    trainer.train()
+    return trainer.model.merge_and_unload(), trainer.state.log_history
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, with the last loss and speed behind it instead of a line per log."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.1f}", "tokens/s": f"{logs['tokens_per_second']:.0f}"}
+            self.training_bar.set_postfix(shown, refresh=False)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def compare(prompts: Sequence[str], texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Any]:
+    """Win rates of every model's texts against the base model's, on the same prompts.
+
+    The base model's own row compares each of its texts with its others; it is ½ by symmetry and has no interval.
+
+    Returns:
+        models: per model `words` (mean per text), and per objective its win rate, interval and `verdict`;
+        difference: MOPO − primary alone per objective, paired by prompt, with its interval.
+    """
+    rates = {name: sampled_win_rates(prompts, texts[name], texts[BASE], SCORERS) for name in (ALONE, MOPO)}
+    found: dict[str, Any] = {BASE: {"words": _mean_words(texts[BASE])}}
+    for name, by_objective in rates.items():
+        found[name] = {"words": _mean_words(texts[name])}
+        for objective, values in by_objective.items():
+            interval = bootstrap_interval(values)
+            found[name][objective] = interval._asdict() | {"verdict": verdict(interval, THRESHOLDS.get(objective))}
+    difference = {
+        objective: bootstrap_interval(rates[MOPO][objective] - rates[ALONE][objective])._asdict()
+        for objective in OBJECTIVES
+    }
+    return {"models": found, "difference": difference}
+
+
+def verdict(interval: Interval, threshold: float | None) -> str:
+    """Whether a measured win rate meets its threshold, given the interval."""
+    if threshold is None:
+        return "maximised"
+    if interval.mean >= threshold:
+        return "met"
+    return "missed" if interval.high < threshold else "missed within the interval"
+
+
+def _mean_words(texts: Sequence[Sequence[str]]) -> float:
+    return float(np.mean([len(text.split()) for samples in texts for text in samples]))
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+def _describe(thresholds: Mapping[str, float]) -> str:
+    return "under " + " and ".join(f"{name} ≥ {bound:g}" for name, bound in thresholds.items()) if thresholds else ""
+
+
+def _win_rate_table(results: Mapping[str, Any]) -> Table:
+    table = Table(title="Win rate against the base model, 95% interval over held-out prompts", title_justify="left")
+    table.add_column("model")
+    for name in OBJECTIVES:
+        table.add_column(f"{name} ≥ {THRESHOLDS[name]:g}" if name in THRESHOLDS else f"{name} (primary)")
+    table.add_column("words", justify="right")
+    marks = {"met": " [green]✓[/]", "missed": " [red]✗[/]", "missed within the interval": " [yellow]~[/]"}
+    for model, row in results["models"].items():
+        cells = [f"{_interval(row[k])}{marks.get(row[k]['verdict'], '')}" if k in row else "0.50" for k in OBJECTIVES]
+        table.add_row(model, *cells, f"{row['words']:.0f}")
+    table.caption = "✓ threshold met  ~ missed, but inside the interval  ✗ missed beyond the interval"
+    return table
+
+
+def _difference_table(results: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{MOPO} − {ALONE}, paired by prompt", title_justify="left")
+    for name in OBJECTIVES:
+        table.add_column(name)
+    table.add_row(*(_interval(results["difference"][name], "+.2f") for name in OBJECTIVES))
+    return table
+
+
+def _interval(values: Mapping[str, Any], spec: str = ".2f") -> str:
+    return f"{values['mean']:{spec}} \\[{values['low']:{spec}}, {values['high']:{spec}}]"
+
+
+def _print_texts(console: Console, prompts: Sequence[str], texts: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """The first sample of three prompts, spread over the held-out ones: chosen by position, not by content."""
+    for i in (0, len(prompts) // 2, len(prompts) - 1):
+        table = Table(title=prompts[i], title_justify="left", show_header=False, show_lines=True)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for name in texts:
+            table.add_row(name, Text(texts[name][i][0]))
+        console.print(table)
+
+
+def _write_texts(path: Path, prompts: Sequence[str], texts: Mapping[str, Sequence[Sequence[str]]]) -> Path:
+    with atomic_path(path) as temporary:
+        rows = ({"prompt": prompt} | {name: texts[name][i] for name in texts} for i, prompt in enumerate(prompts))
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _front_figure(problem: LabelProblem, results: Mapping[str, Any], subtitle: str) -> Figure:
+    """The front of the training labels, and where the models came out on held-out prompts."""
+    marked: dict[str, tuple[NDArray[np.float64], NDArray[np.float64] | None]] = {
+        BASE: (np.full(len(OBJECTIVES), 0.5), None)
+    }
+    for name in (ALONE, MOPO):
+        rows = [results["models"][name][objective] for objective in OBJECTIVES]
+        marked[name] = (
+            np.array([row["mean"] for row in rows]),
+            np.array([(row["high"] - row["low"]) / 2 for row in rows]),
+        )
+    points = [point["win_rates"] for point in front(problem, points=15)["points"]]
+    return plots.plot_front(points, OBJECTIVES, marked=marked, thresholds=THRESHOLDS, subtitle=subtitle)

@@ -1,0 +1,91 @@
+"""`mopo demo --tiny`: the demo's whole path on a random model, and how it judges."""
+
+import json
+
+import pytest
+from mopo_trainer import demo
+from mopo_trainer.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, verdict
+from mopo_trainer.evaluate import Interval
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    assert run_demo(tiny=True, steps=3, output=output) == 0
+    return output
+
+
+def test_files(finished):
+    assert {path.name for path in finished.iterdir() if path.is_file()} == {
+        "results.json",
+        "texts.jsonl",
+        "front.png",
+        "training.png",
+    }
+    for figure in ("front.png", "training.png"):
+        assert (finished / figure).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_thresholds_reach_the_training(finished):
+    logs = json.loads((finished / "results.json").read_text())["log_history"]
+    assert set(logs) == {ALONE, MOPO}
+    for name, constrained in ((ALONE, False), (MOPO, True)):
+        steps = [row for row in logs[name] if "loss" in row]
+        assert len(steps) == 3
+        assert all(row["multiplier/friendliness"] == 1 for row in steps)
+        assert all((row["multiplier/brevity"] > 0) == constrained for row in steps)
+        assert all(("threshold/brevity" in row) == constrained for row in steps)
+
+
+def test_results_hold_every_figure_of_the_tables(finished):
+    results = json.loads((finished / "results.json").read_text())
+    models = results["held_out"]["models"]
+    assert set(models) == {BASE, ALONE, MOPO}
+    for name in (ALONE, MOPO):
+        for objective in OBJECTIVES:
+            row = models[name][objective]
+            assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
+    labelled = {row["objective"]: row for row in results["labels"]["objectives"]}
+    for objective, bound in THRESHOLDS.items():
+        assert labelled[objective]["win_rate"] >= bound - 1e-8
+        assert labelled[objective]["best"] > bound
+
+
+def test_texts_are_held_out(finished):
+    rows = [json.loads(line) for line in (finished / "texts.jsonl").read_text().splitlines()]
+    assert all(set(row) == {"prompt", BASE, ALONE, MOPO} for row in rows)
+    train, held_out = demo._load_groups(demo.TINY, seed=0)
+    assert [row["prompt"] for row in rows] == list(held_out["prompt"])
+    assert not set(held_out["prompt"]) & set(train["prompt"])
+
+
+def test_tables_are_printed(capsys, tmp_path):
+    run_demo(tiny=True, output=tmp_path)
+    printed = capsys.readouterr().out
+    for expected in ("What the labels allow", "Win rate against the base model", f"{MOPO} − {ALONE}", "s in all"):
+        assert expected in printed
+
+
+def test_compare_sees_a_longer_and_friendlier_model():
+    prompts = ["a", "b", "c"]
+    friendly = "What a great and wonderful day, my dear friend, I love it!"
+    texts = {BASE: [["The lift is broken."]] * 3, ALONE: [[friendly]] * 3, MOPO: [["Great, friend!"]] * 3}
+    results = compare(prompts, texts)
+    assert results["models"][ALONE]["friendliness"]["mean"] == 1.0
+    assert results["models"][ALONE]["brevity"]["verdict"] == "missed"
+    assert results["models"][MOPO]["brevity"]["verdict"] == "met"
+    assert results["difference"]["brevity"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert results["models"][BASE]["words"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("interval", "threshold", "expected"),
+    [
+        (Interval(0.62, 0.5, 0.7), 0.6, "met"),
+        (Interval(0.58, 0.5, 0.7), 0.6, "missed within the interval"),
+        (Interval(0.4, 0.3, 0.5), 0.6, "missed"),
+        (Interval(0.4, 0.3, 0.5), None, "maximised"),
+    ],
+)
+def test_verdict(interval, threshold, expected):
+    assert verdict(interval, threshold) == expected
