@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +28,14 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mopo_kernels.objective import win_rate_from_comparisons
 from mopo_trainer.adapters import adapt, has
 from mopo_trainer.scorers import Scorer
 from mopo_trainer.sources import DataError, load_rows, one_line
+
+if TYPE_CHECKING:  # `mopo solve` reads labels without waiting for transformers
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataError",

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -28,6 +27,7 @@ from mopo_kernels import InfeasibleThresholds, TabularSolution, solve_tabular
 from mopo_trainer import plots
 from mopo_trainer.files import write_json
 from mopo_trainer.solve import Problem, sweep
+from mopo_trainer.tables import new_table
 
 
 @dataclass(frozen=True)
@@ -253,11 +253,7 @@ def _front_table(problem: Problem, found: Mapping[str, Any]) -> Table:
     """Up to nine points of the front, spread evenly over the primary's win rate, and the chosen one."""
     kept = sorted((p for p in found["points"] if p["on_front"]), key=lambda p: -p["win_rates"][0])
     shown = [kept[round(i * (len(kept) - 1) / 8)] for i in range(9)] if len(kept) > 9 else kept
-    table = Table(
-        title="Win rates (and multipliers) along the front", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for name in problem.objectives:
-        table.add_column(name, justify="right")
+    table = new_table("Win rates (and multipliers) along the front", *problem.objectives)
     for point in shown:
         table.add_row(*_cells(point))
     if "chosen" in found:

@@ -17,7 +17,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -27,6 +26,7 @@ from mopo_kernels.dual import attainable_range, auto_eps
 from mopo_trainer import data, plots
 from mopo_trainer.files import write_json
 from mopo_trainer.scorers import load_scorers
+from mopo_trainer.tables import new_table
 
 RATCHET_BETA = 0.9995  # the paper's, and the trainer's default: what eps="auto" is measured by
 
@@ -265,6 +265,7 @@ def run_solve(problem: LabelProblem, thresholds: Mapping[str, float], *, points:
     console = Console()
     console.print(problem.headline, style="bold", soft_wrap=True)
     print_report(found, console)
+    console.print()
     files = [write_json(output / "solve.json", found)]
     if found["sweeps"]:
         files.append(plots.save_figure(plot_report(found, problem.headline), output / "solve.png"))
@@ -288,10 +289,11 @@ def print_report(found: Mapping[str, Any], console: Console) -> None:
     """Tables of `analyse`: the objectives, and the price list of the thresholds (all where none is asked for)."""
     rows = found["objectives"]
     console.print(objectives_table(rows, found["groups"]))
+    console.print()
     asked = [row["objective"] for row in rows if row["threshold"] is not None]
     sweeps = [line for line in found["sweeps"] if not asked or line["objective"] in asked]
     if sweeps:
-        kept = ", other thresholds kept" if len(asked) > 1 else ""
+        kept = ", the others kept" if len(asked) > 1 else ""
         console.print(_price_table(sweeps, found["primary"], title=f"Price list: one threshold moved{kept}"))
 
 
@@ -299,12 +301,9 @@ def objectives_table(rows: Sequence[Mapping[str, Any]], num_groups: int) -> Tabl
     """`objective_rows` as a table; the primary stands first, in bold."""
     constrained = any(row["threshold"] is not None for row in rows)
     partly = any(row["labelled_groups"] < num_groups for row in rows)
-    table = Table(title="Win rates of the ideal policy", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("objective", no_wrap=True)
     headings = ["groups"] * partly + ["corr.", "free", "best"]
-    headings += ["threshold", "win rate", "multiplier", "cost"] * constrained
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    headings += ["threshold", "gets", "multiplier", "cost"] * constrained
+    table = new_table("Win rates of the ideal policy", "objective", *headings)
     for row in rows:
         cells = [str(row["labelled_groups"])] * partly
         cells += [_number(row["correlation"], "+.2f"), _number(row["free"]), _number(row["best"])]
@@ -316,10 +315,7 @@ def objectives_table(rows: Sequence[Mapping[str, Any]], num_groups: int) -> Tabl
 
 
 def _price_table(sweeps: Sequence[Mapping[str, Any]], primary: str, *, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("objective", no_wrap=True)
-    for heading in ("threshold", primary, "cost", "multiplier"):
-        table.add_column(heading, justify="right")
+    table = new_table(title, "objective", "threshold", primary, "cost", "multiplier")
     for line in sweeps:
         last = len(line["thresholds"]) - 1
         for i in dict.fromkeys(round(last * share) for share in (0, 0.25, 0.5, 0.75, 1)):
