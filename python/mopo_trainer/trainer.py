@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -229,12 +230,13 @@ class MOPOTrainer(Trainer):
         weights = parameters_fingerprint(plain, lambda parameter: not (adapter and parameter.requires_grad))
         directory = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference")
         file = directory / f"{weights[:16]}-{groups.fingerprint()[:16]}.safetensors"
-        if file.is_file():
+        if broadcast_object_list([file.is_file()])[0]:  # one rank decides: a forward pass needs all of them
             return load_file(file)["logp"]
         logp = self._response_logps(groups, description=f"Reference log-probs ({split})", adapter_off=adapter)
         if self.args.should_save:
             with atomic_path(file) as temporary:
                 save_file({"logp": logp}, temporary)
+        self.accelerator.wait_for_everyone()
         return logp
 
     # --------------------------------------------------------------------------------------------- evaluation
