@@ -83,7 +83,10 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (its own print the usage first, a page for `mopo train`)."""
+    """argparse whose errors are one line, without the usage before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -133,7 +136,7 @@ def _run(arguments: list[str]) -> int:
 
 def build_parser() -> Parser:
     """The parser of every subcommand but `train`, whose own lies in `mopo_trainer.train`."""
-    parser = Parser(prog="mopo", description=DESCRIPTION, epilog=MAIN_EXAMPLES, **_STYLE)
+    parser = Parser(prog="mopo", description=DESCRIPTION, epilog=MAIN_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"mopo {_version()}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -145,11 +148,8 @@ def build_parser() -> Parser:
     return parser
 
 
-_STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-
-
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Parser:
-    parser: Parser = commands.add_parser(name, **texts, **_STYLE)
+    parser: Parser = commands.add_parser(name, **texts)
     parser.set_defaults(run=run)
     return parser
 
