@@ -50,8 +50,8 @@ UpdateRule = Literal["exact", "sgd", "barrier"]
 TOLERANCE = 1e-8  # accepted violation of the optimality conditions, in win rate
 TARGET_TOLERANCE = 1e-10  # where Newton stops: its last step costs little and gains several digits
 MAX_MULTIPLIER = 1e4
+PATH_TOLERANCE = 1e-6  # how closely the largest attainable thresholds are approached at eps > 0
 MAX_STEPS = 200
-MAX_HALVINGS = 20
 
 
 class InfeasibleThresholds(ValueError):
@@ -65,8 +65,8 @@ class InfeasibleThresholds(ValueError):
 
     def __str__(self) -> str:
         return (
-            f"thresholds cannot be met: objective {self.objective!r} must reach {self.threshold:.6g}, and its best "
-            f"attainable value, where the other thresholds hold, is {self.attainable:.6g}; lower one of them"
+            f"thresholds cannot be met: objective {self.objective!r} must reach {self.threshold:.6g}, but at most "
+            f"{self.attainable:.6g} is attainable beside the other thresholds; lower one of them"
         )
 
 
@@ -121,7 +121,7 @@ def solve_dual(
     check_tau(tau)
     check_eps(eps)
     _check_positive(max_multiplier=max_multiplier)
-    bounds = _full_thresholds(thresholds, win_rate.shape[1], primary).to(win_rate.device)
+    bounds = full_thresholds(thresholds, win_rate.shape[1], primary).to(win_rate.device)
     return solve_grouped(labels, bounds, tau=tau, eps=float(eps), primary=primary, max_multiplier=max_multiplier)
 
 
@@ -434,40 +434,34 @@ def _solve_robust(problem: _Problem, start: Tensor) -> tuple[Tensor, int]:
     point, steps = _newton(problem, start)
     if _solved(point):
         return point.free, steps
-    point, _, path_steps = _raise_thresholds(problem, torch.zeros_like(start))
-    steps += path_steps
-    if _solved(point):
-        return point.free, steps
-    worst = int(problem.constrained[point.slack.argmin()])
-    others = problem.without(worst)
-    free, other_steps = _solve_robust(others, start[problem.constrained != worst])
-    kept = others.multipliers(free)[problem.constrained]
-    point, reached, path_steps = _raise_thresholds(problem, kept)
-    if _solved(point):
-        return point.free, steps + other_steps + path_steps
-    raise InfeasibleThresholds(worst, float(problem.thresholds[worst]), float(reached[worst]))
+    point, reached, path_steps = _raise_thresholds(problem)
+    if not _solved(point):
+        worst = int(point.slack.argmin())
+        objective = int(problem.constrained[worst])
+        raise InfeasibleThresholds(objective, float(problem.thresholds[objective]), float(reached[worst]))
+    return point.free, steps + path_steps
 
 
-def _raise_thresholds(problem: _Problem, free: Tensor) -> tuple[_Point, Tensor, int]:
-    """Follows the solution from `free` while the thresholds it violates rise from what it attains to their values.
+def _raise_thresholds(problem: _Problem) -> tuple[_Point, Tensor, int]:
+    """Follows the solution while the thresholds rise together from what lambda = 0 attains to their values.
 
-    Returns the point at the problem's thresholds, the thresholds [K] up to which there was a solution, and the steps.
+    Returns the last point, judged by the problem's own thresholds, the thresholds [C] that it met, and the steps.
     """
-    constrained = problem.constrained
-    goal = problem.thresholds[constrained]
+    goal = problem.thresholds[problem.constrained]
+    free = torch.zeros_like(goal)
     origin = goal + _evaluate(problem, free).slack.clamp(max=0)
-    fraction, stride, steps = 0.0, 1.0, 0
-    while fraction < 1 and stride > 1e-6:
+    fraction, stride, steps, in_a_row = 0.0, 1.0, 0, 0
+    while fraction < 1 and stride > PATH_TOLERANCE:
         target = min(1.0, fraction + stride)
-        between = problem.thresholds.index_copy(0, constrained, origin + target * (goal - origin))
+        between = problem.thresholds.index_copy(0, problem.constrained, origin + target * (goal - origin))
         point, newton_steps = _newton(problem._replace(thresholds=between), free)
         steps += newton_steps
         if _solved(point):
-            fraction, free, stride = target, point.free, 2 * stride
+            fraction, free, in_a_row = target, point.free, in_a_row + 1
+            stride *= 2 if in_a_row > 2 else 1
         else:
-            stride /= 2
-    reached = problem.thresholds.index_copy(0, constrained, origin + fraction * (goal - origin))
-    return _evaluate(problem, free), reached, steps
+            stride, in_a_row = stride / 2, 0
+    return _evaluate(problem, free), origin + fraction * (goal - origin), steps
 
 
 def _solved(point: _Point) -> bool:
@@ -512,9 +506,10 @@ def _evaluate(problem: _Problem, free: Tensor) -> _Point:
 def _line_search(problem: _Problem, point: _Point) -> _Point | None:
     direction = _direction(point)
     rounding = 4e-15 * (1 + float(point.free.sum()))
-    # A residual must fall by a good part of what Newton's model promises, lest the search creep where there is no root.
+    # A residual must fall by a good part of what Newton's model promises, lest the search creep where there is no root
+    # (then the path takes over); the convex dual has its minimum however short the steps.
     required = 0.0 if problem.eps == 0 else point.merit / 4
-    for halvings in range(MAX_HALVINGS):
+    for halvings in range(20 if problem.eps == 0 else 6):
         length = 0.5**halvings
         trial = _evaluate(problem, (point.free + length * direction).clamp(min=0))
         if trial.merit < point.merit - length * required + rounding:
@@ -821,7 +816,7 @@ def _gather_ranks(
 # --------------------------------------------------------------------------------------------------------- validators
 
 
-def _full_thresholds(thresholds: Tensor | Sequence[float], num_objectives: int, primary: int) -> Tensor:  # [K]
+def full_thresholds(thresholds: Tensor | Sequence[float], num_objectives: int, primary: int) -> Tensor:  # [K]
     """Thresholds with -inf inserted at the primary."""
     _check_primary(primary, num_objectives)
     secondary = torch.as_tensor(thresholds, dtype=torch.float64).detach()
