@@ -110,7 +110,7 @@ def to_groups(
             raise DataError(f"rating_scale={rating_scale}: give a positive number, or None for hard comparisons")
         if len(rows) == 0:
             raise DataError("the dataset is empty; give at least one row")
-        plain_rows = rows.with_format(None).to_list() if isinstance(rows, Dataset) else list(rows)
+        plain_rows = rows.to_list() if isinstance(rows, Dataset) else list(rows)
         groups = _read_groups(plain_rows, adapter, preferred)
         return _tabulate(groups, _win_rates(groups, scorers or {}, rating_scale))
     except DataError as error:
