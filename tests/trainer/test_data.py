@@ -169,7 +169,7 @@ def test_groups_come_back_as_they_are(name, tmp_path):
 
 
 def test_sixty_thousand_rows_take_seconds(tmp_path):
-    """The bound on CPU time is far above the 8 s measured on a slow core and far below what per-row tensors would take."""
+    """The bound is CPU time, far above the 8 s of a slow core and far below what per-row tensors would take."""
     row = {"prompt": "p" * 200, "responses": ["r" * 400] * 4, "ratings": {name: [1, 2, 3, 4.5] for name in "abcde"}}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 60_000)
     start = time.process_time()
