@@ -1,5 +1,6 @@
 """Fused, memory-flat operations for multi-objective preference optimisation (MOPO, arXiv 2505.10892)."""
 
+from mopo_kernels.dual import DualSolution, InfeasibleThresholds, MOPODual, barrier_multipliers, solve_dual
 from mopo_kernels.logprob import linear_logprob, sequence_logprob, token_logprob
 from mopo_kernels.loss import mopo_loss
 from mopo_kernels.objective import (
@@ -10,15 +11,23 @@ from mopo_kernels.objective import (
     win_rate_from_comparisons,
     win_rate_from_pairs,
 )
+from mopo_kernels.tabular import TabularSolution, solve_tabular
 
 __all__ = [
+    "DualSolution",
+    "InfeasibleThresholds",
+    "MOPODual",
     "MOPOOutput",
+    "TabularSolution",
+    "barrier_multipliers",
     "linear_logprob",
     "mopo_loss",
     "mopo_objective",
     "mopo_weights",
     "robust_bound",
     "sequence_logprob",
+    "solve_dual",
+    "solve_tabular",
     "token_logprob",
     "win_rate_from_comparisons",
     "win_rate_from_pairs",

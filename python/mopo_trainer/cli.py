@@ -39,10 +39,10 @@ examples:
   mopo solve labels.jsonl --scorer short=brevity --scorer polite=my_scorers:politeness
 
 reading the table: `corr.` is the correlation with the primary's win rates; `free` what comes without asking (a lower
-threshold costs nothing); `best` the largest threshold that can be asked for alone; `cost` the primary's win rate given
-up for that threshold, the others kept; the multiplier its price at the margin.  All are win rates of the ideal policy
-over the labelled responses: what training aims at.  A cost below 0 is no error: what is maximised is the primary's win
-rate less tau times the distance from the reference.
+threshold costs nothing); `best` the largest threshold that can be asked for alone; `gets` what all thresholds together
+give; `cost` the primary's win rate given up for this threshold, the others kept; the multiplier its price at the
+margin.  All are win rates of the ideal policy over the labelled responses: what training aims at.  A cost below 0 is no
+error: what is maximised is the primary's win rate less tau times the distance from the reference.
 
 data: JSONL, JSON, Parquet, a directory of datasets.save_to_disk or a name on the hub, one prompt a row:
   {"prompt": "..", "chosen": "..", "rejected": "..", "preference": {"helpful": 1, "harmless": 0.5}}
@@ -83,7 +83,10 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line (its own print the usage first, a page for `mopo train`)."""
+    """argparse whose errors are one line, without the usage before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        print(f"mopo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"mopo: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -108,13 +111,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["train"]:  # its options come from dataclasses that take seconds to import
         from mopo_trainer.train import run_train
 
         return run_train(arguments[1:])
     parser = build_parser()
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = " ".join(["mopo", *arguments[: args.run is not None]])
+        raise UsageError(f"unknown argument {unknown[0]!r} (see {command} --help)")
     if args.run is None:
         parser.print_help()
         return 0
@@ -124,7 +136,7 @@ def _run(arguments: list[str]) -> int:
 
 def build_parser() -> Parser:
     """The parser of every subcommand but `train`, whose own lies in `mopo_trainer.train`."""
-    parser = Parser(prog="mopo", description=DESCRIPTION, epilog=MAIN_EXAMPLES, **_STYLE)
+    parser = Parser(prog="mopo", description=DESCRIPTION, epilog=MAIN_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"mopo {_version()}")
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -136,11 +148,8 @@ def build_parser() -> Parser:
     return parser
 
 
-_STYLE = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-
-
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Parser:
-    parser: Parser = commands.add_parser(name, **texts, **_STYLE)
+    parser: Parser = commands.add_parser(name, **texts)
     parser.set_defaults(run=run)
     return parser
 
@@ -257,7 +266,10 @@ def _positive(text: str) -> int:
 
 
 def _eps(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 # ------------------------------------------------------------------------------------------------------ subcommands

@@ -39,18 +39,14 @@ class MOPOConfig(TrainingArguments):
             "infeasible on small groups: check with `mopo solve --eps` first."
         },
     )
-    policy_step: str = field(
+    policy_step: Literal["clone", "contrast", "regress"] = field(
         default="clone",
-        metadata={
-            "help": "clone (weighted log-likelihood), contrast (DPO-like), regress (IPO-like).",
-            "choices": ["clone", "contrast", "regress"],
-        },
+        metadata={"help": "clone (weighted log-likelihood), contrast (DPO-like), regress (IPO-like)."},
     )
-    dual_update: str = field(
+    dual_update: Literal["exact", "sgd", "barrier"] = field(
         default="exact",
         metadata={
-            "help": "How the multipliers move: exact (Newton on all labels), sgd (Algorithm 1), barrier (MOPO-LB).",
-            "choices": ["exact", "sgd", "barrier"],
+            "help": "How the multipliers move: exact (Newton on all labels), sgd (Algorithm 1), barrier (MOPO-LB)."
         },
     )
     lag_steps: int | None = field(
@@ -72,6 +68,13 @@ class MOPOConfig(TrainingArguments):
     )
     max_length: int | None = field(default=1024, metadata={"help": "Tokens per prompt + response; longer are cut."})
     max_prompt_length: int | None = field(default=512, metadata={"help": "Tokens per prompt; cut from the left."})
+    share_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Run a prompt once for all its responses (exact; full attention with sdpa or eager only). "
+            "Saves most where prompts are long."
+        },
+    )
     as_chat: bool = field(
         default=False, metadata={"help": "Put plain-text prompts and responses into the model's chat template."}
     )

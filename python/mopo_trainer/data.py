@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +28,14 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mopo_kernels.objective import win_rate_from_comparisons
 from mopo_trainer.adapters import adapt, has
 from mopo_trainer.scorers import Scorer
 from mopo_trainer.sources import DataError, load_rows, one_line
+
+if TYPE_CHECKING:  # `mopo solve` reads labels without waiting for transformers
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DataError",
@@ -108,7 +110,7 @@ def to_groups(
             raise DataError(f"rating_scale={rating_scale}: give a positive number, or None for hard comparisons")
         if len(rows) == 0:
             raise DataError("the dataset is empty; give at least one row")
-        plain_rows = rows.with_format(None).to_list() if isinstance(rows, Dataset) else list(rows)
+        plain_rows = rows.to_list() if isinstance(rows, Dataset) else list(rows)
         groups = _read_groups(plain_rows, adapter, preferred)
         return _tabulate(groups, _win_rates(groups, scorers or {}, rating_scale))
     except DataError as error:

@@ -149,7 +149,7 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
         _write_texts(output / "texts.jsonl", prompts, texts),
         plots.save_figure(_front_figure(problem, results, subtitle), output / "front.png"),
     ]
-    plots.plot_training(logs[MOPO], output / "training.png")
+    plots.plot_training(logs[MOPO], output / "training.png", objectives=OBJECTIVES)
     console.print(f"Written: {', '.join(map(str, [*files, output / 'training.png']))}", soft_wrap=True)
     console.print(f"{time.perf_counter() - start:.0f} s in all.")
     return 0

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from mopo_kernels import backends
+from mopo_trainer.tables import new_table
 
 # Distribution, the oldest version that works, and what stops working without it (the first block stops `mopo train`).
 TRAINING = {
@@ -122,9 +121,7 @@ def run_doctor(*, as_json: bool = False) -> int:
 def _print(found: dict[str, Any], console: Console) -> None:
     console.print(f"mopo-kernels {found['mopo_kernels']}, Python {found['python']} ({sys.executable})")
     console.print(found["platform"], style="dim")
-    table = Table(title="Packages", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
-    for heading in ("package", "installed", "needed", "status", "for"):
-        table.add_column(heading)
+    table = new_table("Packages", "package", "installed", "needed", "status", "for", numbers=False)
     for package in found["packages"]:
         style = None if package["status"] == "ok" else ("red" if package["required"] else "yellow")
         version, needed = package["version"] or "–", f"≥ {package['needed']}"
@@ -137,9 +134,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
     for line in found["devices"]:
         console.print(f"  {line}")
     console.print()
-    table = Table(title="Backends", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, title_style="bold")
-    for heading in ("op", "device", "backend", "why"):
-        table.add_column(heading)
+    table = new_table("Backends", "op", "device", "backend", "why", numbers=False)
     for row in found["backends"]:
         table.add_row(row["op"], row["device"], row["backend"], row["reason"])
     console.print(table)

@@ -9,8 +9,9 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from mopo_kernels import sequence_logprob
 from mopo_trainer.data import labels, tokenize_group
 
 IGNORE_INDEX = -100
+
+TokenSequence: TypeAlias = tuple[Sequence[int], int]  # input_ids of prompt and response, number of prompt tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TokenizedGroups:
                 digest.update(np.asarray([len(ids), prompt_tokens, *ids], dtype=np.int64).tobytes())
         return digest.hexdigest()
 
-    def sequences(self) -> list[tuple[list[int], int]]:
+    def sequences(self) -> list[TokenSequence]:
         """(input_ids, prompt_tokens) of every response."""
         return [pair for row in self.dataset for pair in zip(row["input_ids"], row["prompt_tokens"], strict=True)]
 
@@ -64,66 +67,129 @@ def tokenize_groups(groups: Dataset, objectives: Sequence[str], tokenizer: Any, 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """A batch of groups as flat sequences: input_ids and attention_mask [B, L], right-padded; prompt_tokens, response
     (index among all responses) and group (index of the row in the batch), each [B]."""
-    sequences = [(ids, prompt) for row in rows for ids, prompt in zip(row["input_ids"], row["prompt_tokens"])]
+    sequences = [ids for row in rows for ids in row["input_ids"]]
+    lengths = torch.tensor([len(ids) for ids in sequences])
     sizes = torch.tensor([len(row["input_ids"]) for row in rows])
-    first = torch.tensor([row["first_response"] for row in rows])
     group = torch.arange(len(rows)).repeat_interleave(sizes)
-    offset = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes)[group]
-    return {**pad(sequences, pad_token_id), "response": first[group] + offset, "group": group}
-
-
-def pad(sequences: Sequence[tuple[Sequence[int], int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-pad (input_ids, prompt_tokens) pairs to input_ids and attention_mask [B, L] and prompt_tokens [B]."""
-    lengths = torch.tensor([len(ids) for ids, _ in sequences])
-    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    for row, (ids, _) in zip(input_ids, sequences, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
+    offset = torch.arange(len(sequences)) - (sizes.cumsum(0) - sizes)[group]
     return {
-        "input_ids": input_ids,
-        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-        "prompt_tokens": torch.tensor([prompt for _, prompt in sequences]),
+        "input_ids": _right_pad(sequences, pad_token_id),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        "prompt_tokens": torch.tensor([prompt for row in rows for prompt in row["prompt_tokens"]]),
+        "response": torch.tensor([row["first_response"] for row in rows])[group] + offset,
+        "group": group,
     }
 
 
-def select_sequences(batch: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
-    """The sequences at `index`, cut to the longest of them."""
-    length = int(batch["attention_mask"][index].sum(-1).max())
-    return {
-        "input_ids": batch["input_ids"][index, :length],
-        "attention_mask": batch["attention_mask"][index, :length],
-        "prompt_tokens": batch["prompt_tokens"][index],
-    }
+def batch_sequences(batch: Mapping[str, Tensor], index: Tensor | None) -> list[TokenSequence]:
+    """The sequences of a collated batch at `index` (all for None), without padding."""
+    chosen = {name: batch[name] if index is None else batch[name][index] for name in batch if name != "group"}
+    lengths = chosen["attention_mask"].sum(-1).tolist()
+    ids = chosen["input_ids"].tolist()
+    prompts = chosen["prompt_tokens"].tolist()
+    return [(row[:length], prompt) for row, length, prompt in zip(ids, lengths, prompts, strict=True)]
 
 
-def next_token_targets(batch: Mapping[str, Tensor]) -> Tensor:
-    """target[b, l] = the token after position l where that token belongs to the response, else IGNORE_INDEX; [B, L]."""
-    input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    position = torch.arange(1, input_ids.shape[1], device=input_ids.device)
-    counts = (position >= batch["prompt_tokens"][:, None]) & attention_mask[:, 1:].bool()
-    target = torch.full_like(input_ids, IGNORE_INDEX)
-    target[:, :-1] = input_ids[:, 1:].where(counts, IGNORE_INDEX)
-    return target
+@dataclass(frozen=True)
+class PackedSequences:
+    """What enters the model: R rows, each a prompt with one or more of its responses behind it.
+
+    Response j of a row (segment j; the prompt is 0, padding −1) attends to the prompt and to itself, and its positions
+    count from the end of the prompt: exactly what it would see alone, while the prompt is computed once.
+    """
+
+    input_ids: Tensor  # [R, T]
+    position_ids: Tensor  # [R, T]
+    segment: Tensor  # [R, T]
+    source: Tensor  # [S, L] position in the flat [R · T] whose hidden state predicts the token
+    target: Tensor  # [S, L] the responses' tokens, IGNORE_INDEX behind them
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that enter the model, padding aside."""
+        return int((self.segment >= 0).sum())
+
+    def to(self, device: torch.device) -> PackedSequences:
+        return PackedSequences(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    def model_inputs(self, attention: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Keyword arguments of a Hugging Face model.
+
+        Raises ValueError for shared prompts where the attention implementation takes no mask per query.
+        """
+        if int(self.segment.max()) <= 1:
+            return {"input_ids": self.input_ids, "attention_mask": (self.segment >= 0).long()}
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"share_prompt needs attn_implementation 'sdpa' or 'eager'; the model has {attention!r}")
+        query, key = self.segment[:, None, :, None], self.segment[:, None, None, :]
+        mask = ((key == 0) | (key == query)).tril()  # [R, 1, T, T]
+        if attention == "eager":
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
 
 
-def last_hidden_states(model: nn.Module, decoder: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Hidden states [B, L, H] in front of the LM head.
+def pack(sequences: Sequence[TokenSequence], row_of: Sequence[int] | None, pad_token_id: int) -> PackedSequences:
+    """Lay out (input_ids, prompt_tokens) pairs; neighbours with equal `row_of` share a row and must share the prompt.
+
+    None gives every sequence a row of its own.
+    """
+    rows = [list(row) for _, row in groupby(range(len(sequences)), key=row_of.__getitem__ if row_of else None)]
+    input_ids: list[list[int]] = []
+    position_ids: list[list[int]] = []
+    segment: list[list[int]] = []
+    starts: list[tuple[int, int, int]] = []  # row, position of the response's first token, prompt_tokens
+    for r, row in enumerate(rows):
+        ids, prompt = sequences[row[0]]
+        line, position, parts = list(ids[:prompt]), list(range(prompt)), [0] * prompt
+        for j, i in enumerate(row, start=1):
+            response = sequences[i][0][prompt:]
+            starts.append((r, len(line), prompt))
+            line += response
+            position += range(prompt, prompt + len(response))
+            parts += [j] * len(response)
+        input_ids.append(line)
+        position_ids.append(position)
+        segment.append(parts)
+    width = max(map(len, input_ids))
+    source = [
+        [r * width + prompt - 1, *range(r * width + start, r * width + start + len(ids) - prompt - 1)]
+        for (r, start, prompt), (ids, _) in zip(starts, sequences, strict=True)
+    ]
+    return PackedSequences(
+        input_ids=_right_pad(input_ids, pad_token_id),
+        position_ids=_right_pad(position_ids, 0),
+        segment=_right_pad(segment, -1),
+        source=_right_pad(source, 0),
+        target=_right_pad([ids[prompt:] for ids, prompt in sequences], IGNORE_INDEX),
+    )
+
+
+def _right_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    padded = torch.full((len(rows), max(map(len, rows))), value)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    return padded
+
+
+def response_hidden_states(model: nn.Module, plain: PreTrainedModel, packed: PackedSequences) -> Tensor:
+    """Hidden states [S, L, H] that predict `packed.target`; `plain` is `model` without wrappers.
 
     The whole model is called, so that wrappers (DDP) see their forward pass; its head runs on one position only.
     """
     captured: list[Tensor] = []
-    handle = decoder.register_forward_hook(lambda module, args, output: captured.append(output[0]))
-    keep_one = {"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}
+    handle = plain.get_decoder().register_forward_hook(lambda module, args, output: captured.append(output[0]))
+    keep_one = {"logits_to_keep": 1} if _takes_logits_to_keep(plain) else {}
     try:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **keep_one)
+        inputs = packed.model_inputs(plain.config._attn_implementation, plain.dtype)
+        model(**inputs, use_cache=False, **keep_one)
     finally:
         handle.remove()
-    return captured[0]
+    return captured[0].flatten(0, 1)[packed.source]
 
 
-def _takes_logits_to_keep(model: Any) -> bool:
-    model = getattr(model, "module", model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def _takes_logits_to_keep(plain: PreTrainedModel) -> bool:
+    base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -151,22 +217,23 @@ class LMHead:
 @torch.no_grad()
 def response_logps(
     model: nn.Module,
-    sequences: Sequence[tuple[Sequence[int], int]],
+    sequences: Sequence[TokenSequence],
     *,
     accelerator: Accelerator,
     batch_size: int,
     pad_token_id: int,
+    row_of: Sequence[int] | None = None,
     backend: str | None = None,
     adapter_off: bool = False,
     description: str = "Log-probs",
 ) -> Tensor:  # [M]
     """log π(y|x), the sum over the response's tokens, of every response; float64 on the CPU, the same on every rank.
 
-    `sequences` are (input_ids, prompt_tokens) pairs; `adapter_off` scores a peft model's base. They are taken longest first, `batch_size` at a time, shared among the ranks.
+    `sequences` are (input_ids, prompt_tokens) pairs, those of equal `row_of` share their prompt's pass; `adapter_off`
+    scores a peft model's base. Rows are taken longest first, `batch_size` sequences at a time, shared among the ranks.
     """
     plain = accelerator.unwrap_model(model)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]), reverse=True)
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = _batches(sequences, row_of, batch_size)
     rank, world = accelerator.process_index, accelerator.num_processes
     total = torch.zeros(2, len(sequences), dtype=torch.float64)
     was_training = plain.training
@@ -174,11 +241,14 @@ def response_logps(
     with plain.disable_adapter() if adapter_off else nullcontext():
         for i in tqdm(range(0, len(batches), world), desc=description, disable=not accelerator.is_local_main_process):
             indices = batches[(i + rank) % len(batches)]  # every rank runs as many forward passes as the others
-            batch = {
-                name: tensor.to(accelerator.device)
-                for name, tensor in pad([sequences[j] for j in indices], pad_token_id).items()
-            }
-            logp = sequence_logps(model, plain, batch, accelerator=accelerator, backend=backend)
+            shared = [row_of[j] for j in indices] if row_of else None
+            packed = pack([sequences[j] for j in indices], shared, pad_token_id).to(accelerator.device)
+            hidden = response_hidden_states(model, plain, packed)
+            head = LMHead.of(plain)
+            with accelerator.autocast():
+                logp = sequence_logprob(
+                    hidden.to(head.weight.dtype), head.weight, packed.target, backend=backend, **head.options
+                )
             total[0, indices] += logp.double().cpu()
             total[1, indices] += 1
     plain.train(was_training)
@@ -187,16 +257,16 @@ def response_logps(
     return total[0] / total[1]
 
 
-def sequence_logps(
-    model: nn.Module, plain: PreTrainedModel, batch: Mapping[str, Tensor], *, accelerator: Accelerator, backend: str | None
-) -> Tensor:  # [B]
-    """log π(y|x) of a padded batch; `plain` is `model` without wrappers."""
-    hidden = last_hidden_states(model, plain.get_decoder(), batch)
-    head = LMHead.of(plain)
-    with accelerator.autocast():
-        return sequence_logprob(
-            hidden.to(head.weight.dtype), head.weight, next_token_targets(batch), backend=backend, **head.options
-        )
+def _batches(sequences: Sequence[TokenSequence], row_of: Sequence[int] | None, batch_size: int) -> list[list[int]]:
+    """Indices of sequences, whole rows together, longest rows first, up to `batch_size` (at least a row) a batch."""
+    rows = [list(row) for _, row in groupby(range(len(sequences)), key=row_of.__getitem__ if row_of else None)]
+    rows.sort(key=lambda row: sum(len(sequences[i][0]) for i in row), reverse=True)
+    batches: list[list[int]] = []
+    for row in rows:
+        if not batches or len(batches[-1]) + len(row) > batch_size:
+            batches.append([])
+        batches[-1] += row
+    return batches
 
 
 def parameters_fingerprint(model: nn.Module, is_reference: Callable[[nn.Parameter], bool]) -> str:

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mopo_kernels import InfeasibleThresholds, TabularSolution, solve_tabular
+from mopo_kernels import InfeasibleThresholds, solve_tabular
 from mopo_trainer import plots
 from mopo_trainer.files import write_json
-from mopo_trainer.solve import Problem, sweep
+from mopo_trainer.solve import Problem, Solution, sweep
+from mopo_trainer.tables import new_table
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,13 @@ class TabularProblem(Problem):
     def reference(self) -> Tensor:
         return self.pi_ref @ self.win_rate
 
-    def solve_bounds(self, bounds: Tensor) -> TabularSolution:
-        return solve_tabular(self.P, self.mu, self.pi_ref, bounds, tau=self.tau)
+    @property
+    def best_alone(self) -> Tensor:
+        return self.win_rate[self.pi_ref > 0].amax(0)
+
+    def solve_bounds(self, bounds: Tensor) -> Solution:
+        found = solve_tabular(self.P, self.mu, self.pi_ref, bounds, tau=self.tau)
+        return Solution(found.multipliers, found.win_rates, found.win_rates)
 
     @property
     def win_rate(self) -> Tensor:  # [Y, K]
@@ -253,11 +258,7 @@ def _front_table(problem: Problem, found: Mapping[str, Any]) -> Table:
     """Up to nine points of the front, spread evenly over the primary's win rate, and the chosen one."""
     kept = sorted((p for p in found["points"] if p["on_front"]), key=lambda p: -p["win_rates"][0])
     shown = [kept[round(i * (len(kept) - 1) / 8)] for i in range(9)] if len(kept) > 9 else kept
-    table = Table(
-        title="Win rates (and multipliers) along the front", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
-    for name in problem.objectives:
-        table.add_column(name, justify="right")
+    table = new_table("Win rates (and multipliers) along the front", *problem.objectives)
     for point in shown:
         table.add_row(*_cells(point))
     if "chosen" in found:
@@ -286,12 +287,12 @@ def _figure(problem: Problem, found: Mapping[str, Any], thresholds: Mapping[str,
     marked: dict[str, Any] = {"reference policy": (problem.reference, None)}
     if "chosen" in found:
         marked["under the thresholds"] = (found["chosen"]["win_rates"], None)
-    tabular = isinstance(problem, TabularProblem)
+    candidates, names = (problem.win_rate, problem.responses) if isinstance(problem, TabularProblem) else (None, ())
     return plots.plot_front(
         [point["win_rates"] for point in found["points"]],
         problem.objectives,
-        candidates=problem.win_rate if tabular else None,
-        candidate_names=problem.responses if tabular else (),
+        candidates=candidates,
+        candidate_names=names,
         marked=marked,
         thresholds=thresholds,
         subtitle=f"{problem.headline}; hypervolume {found['hypervolume']['all']:.3f}",

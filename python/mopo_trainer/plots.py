@@ -177,22 +177,24 @@ def _draw_front(ax: Axes, pair: NDArray[np.float64]) -> None:
     ax.plot(front[:, 0], front[:, 1], "-o", color=color(0), markersize=3.5, linewidth=1.4, label="front", zorder=4)
 
 
-def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path | None = None) -> Figure:
+def plot_training(
+    log_history: Sequence[Mapping[str, Any]], path: str | Path | None = None, *, objectives: Sequence[str]
+) -> Figure:
     """Training curves: loss, the target's win rates, multipliers, held-out win rates; saved if `path` is given.
 
     log_history: as `transformers.Trainer` keeps it, with the keys that MOPOTrainer logs: `loss`, `win_rate/NAME`,
     `threshold/NAME`, `multiplier/NAME`, `tokens_per_second`, `eval_loss`, `eval_win_rate/NAME`.
+    objectives: the primary first.
     """
-    names = objective_names(log_history)
     held_out = any(key.startswith("eval_win_rate/") for row in log_history for key in row)
     fig = new_figure(10.0, 7.0)
     loss, target, multipliers, last = fig.subplots(2, 2).ravel()
     _draw_series(loss, log_history, "loss", color=color(0), label="training")
     _draw_series(loss, log_history, "eval_loss", color=color(1), marker="o", label="held out")
-    _tidy(loss, title="Loss", ylabel="loss (nats)")
+    _tidy(loss, title="Loss", ylabel="loss (nats per prompt)")
     if len(loss.get_lines()) > 1:
         loss.legend(frameon=False, fontsize=8)
-    for i, name in enumerate(names):
+    for i, name in enumerate(objectives):
         label = f"{name} (primary)" if i == 0 else name
         _draw_series(target, log_history, f"win_rate/{name}", color=color(i), label=label)
         for ax in (target, last) if held_out else (target,):
@@ -216,12 +218,6 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path | N
     if path is not None:
         save_figure(fig, path)
     return fig
-
-
-def objective_names(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Objectives that a log history mentions, in order of appearance (the trainer logs the primary first)."""
-    prefix = "win_rate/"
-    return list(dict.fromkeys(key.removeprefix(prefix) for row in log_history for key in row if key.startswith(prefix)))
 
 
 def _draw_series(ax: Axes, log_history: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:

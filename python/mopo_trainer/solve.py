@@ -13,22 +13,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mopo_kernels import DualSolution, InfeasibleThresholds, solve_dual
+from mopo_kernels import InfeasibleThresholds, solve_dual
 from mopo_kernels.dual import attainable_range, auto_eps
 from mopo_trainer import data, plots
 from mopo_trainer.files import write_json
 from mopo_trainer.scorers import load_scorers
+from mopo_trainer.tables import new_table
 
 RATCHET_BETA = 0.9995  # the paper's, and the trainer's default: what eps="auto" is measured by
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The ideal policy of a problem under some thresholds; all float64 [K]."""
+
+    multipliers: Tensor  # 1 at the primary
+    win_rates: Tensor
+    held: Tensor  # what thresholds are compared with: the win rates, or robust lower bounds
 
 
 class Problem(ABC):
@@ -92,7 +101,7 @@ class Problem(ABC):
         high = float(self.best_alone[k])
         if not others:
             return high
-        low = float(self.solve(others).lower_bounds[k])
+        low = float(self.solve(others).held[k])
         precision = 0.01 * (high - low)
         while high - low > precision:
             middle = (low + high) / 2
@@ -102,17 +111,6 @@ class Problem(ABC):
             except InfeasibleThresholds:
                 high = middle
         return low
-
-
-class Solution(Protocol):
-    @property
-    def multipliers(self) -> Tensor: ...  # [K], 1 at the primary
-
-    @property
-    def win_rates(self) -> Tensor: ...  # [K]
-
-    @property
-    def lower_bounds(self) -> Tensor: ...  # [K], what thresholds bound; the win rates at eps = 0
 
 
 @dataclass(frozen=True)
@@ -144,8 +142,9 @@ class LabelProblem(Problem):
     def best_alone(self) -> Tensor:
         return attainable_range(self.win_rate, self.group, tau=self.tau, eps=self.eps)[1]
 
-    def solve_bounds(self, bounds: Tensor) -> DualSolution:
-        return solve_dual(self.win_rate, self.group, bounds, tau=self.tau, eps=self.eps)
+    def solve_bounds(self, bounds: Tensor) -> Solution:
+        found = solve_dual(self.win_rate, self.group, bounds, tau=self.tau, eps=self.eps)
+        return Solution(found.multipliers, found.win_rates, found.lower_bounds)
 
 
 def load_problem(
@@ -220,11 +219,11 @@ def objective_rows(problem: LabelProblem, thresholds: Mapping[str, float]) -> li
                 "objective": name,
                 "labelled_groups": problem.group[~problem.win_rate[:, k].isnan()].unique().numel(),
                 "correlation": _correlation(problem.win_rate[:, 0], problem.win_rate[:, k]),
-                "free": float(free.lower_bounds[k]),
+                "free": float(free.held[k]),
                 "best": None if k == 0 else float(problem.best_alone[k]),
                 "threshold": thresholds.get(name),
                 "win_rate": float(chosen.win_rates[k]),
-                "lower_bound": float(chosen.lower_bounds[k]),
+                "lower_bound": float(chosen.held[k]),
                 "multiplier": float(chosen.multipliers[k]),
                 "cost": cost,
             }
@@ -234,18 +233,20 @@ def objective_rows(problem: LabelProblem, thresholds: Mapping[str, float]) -> li
 
 def sweep(problem: Problem, thresholds: Mapping[str, float], objective: str, points: int) -> dict[str, Any]:
     """Move one threshold from what comes for free to nearly the best attainable, the others staying as they are."""
-    others = {name: b for name, b in thresholds.items() if name != objective}
+    others = {name: bound for name, bound in thresholds.items() if name != objective}
     k = problem.objectives.index(objective)
-    low, high = float(problem.solve(others).lower_bounds[k]), problem.best(objective, others)
-    # The last point stops 1% short of the best: there the multiplier is infinite.
-    bounds = [low + 0.99 * (high - low) * i / (points - 1) for i in range(points)]
-    solutions = [problem.solve({**others, objective: bound}) for bound in bounds]
-    return {
-        "objective": objective,
-        "thresholds": bounds,
-        "primary": [float(solution.win_rates[0]) for solution in solutions],
-        "multipliers": [float(solution.multipliers[k]) for solution in solutions],
-    }
+    low, high = float(problem.solve(others).held[k]), problem.best(objective, others)
+    found: dict[str, Any] = {"objective": objective, "thresholds": [], "primary": [], "multipliers": []}
+    for i in range(points):
+        bound = low + 0.99 * (high - low) * i / (points - 1)  # at the best itself the multiplier is infinite
+        try:
+            solution = problem.solve({**others, objective: bound})
+        except InfeasibleThresholds:  # robust bounds fall again before their best is proven
+            break
+        found["thresholds"].append(bound)
+        found["primary"].append(float(solution.win_rates[0]))
+        found["multipliers"].append(float(solution.multipliers[k]))
+    return found
 
 
 def _correlation(first: Tensor, second: Tensor) -> float | None:
@@ -265,6 +266,7 @@ def run_solve(problem: LabelProblem, thresholds: Mapping[str, float], *, points:
     console = Console()
     console.print(problem.headline, style="bold", soft_wrap=True)
     print_report(found, console)
+    console.print()
     files = [write_json(output / "solve.json", found)]
     if found["sweeps"]:
         files.append(plots.save_figure(plot_report(found, problem.headline), output / "solve.png"))
@@ -288,38 +290,36 @@ def print_report(found: Mapping[str, Any], console: Console) -> None:
     """Tables of `analyse`: the objectives, and the price list of the thresholds (all where none is asked for)."""
     rows = found["objectives"]
     console.print(objectives_table(rows, found["groups"]))
+    console.print()
     asked = [row["objective"] for row in rows if row["threshold"] is not None]
     sweeps = [line for line in found["sweeps"] if not asked or line["objective"] in asked]
     if sweeps:
-        kept = ", other thresholds kept" if len(asked) > 1 else ""
+        kept = ", the others kept" if len(asked) > 1 else ""
         console.print(_price_table(sweeps, found["primary"], title=f"Price list: one threshold moved{kept}"))
 
 
 def objectives_table(rows: Sequence[Mapping[str, Any]], num_groups: int) -> Table:
     """`objective_rows` as a table; the primary stands first, in bold."""
-    constrained = any(row["threshold"] is not None for row in rows)
     partly = any(row["labelled_groups"] < num_groups for row in rows)
-    table = Table(title="Win rates of the ideal policy", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("objective", no_wrap=True)
+    constrained = any(row["threshold"] is not None for row in rows)
+    robust = constrained and any(row["lower_bound"] != row["win_rate"] for row in rows)
     headings = ["groups"] * partly + ["corr.", "free", "best"]
-    headings += ["threshold", "win rate", "multiplier", "cost"] * constrained
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    headings += ["threshold", "gets", *["bound"] * robust, "multiplier", "cost"] * constrained
+    table = new_table("Win rates of the ideal policy", "objective", *headings)
     for row in rows:
         cells = [str(row["labelled_groups"])] * partly
         cells += [_number(row["correlation"], "+.2f"), _number(row["free"]), _number(row["best"])]
         if constrained:
-            multiplier = row["multiplier"] if row["threshold"] is not None else None
-            cells += [_number(x) for x in (row["threshold"], row["win_rate"], multiplier, row["cost"])]
+            asked = row["threshold"] is not None
+            cells += [_number(row["threshold"]), _number(row["win_rate"])]
+            cells += [_number(row["lower_bound"] if asked else None)] * robust
+            cells += [_number(row["multiplier"] if asked else None), _number(row["cost"])]
         table.add_row(row["objective"], *cells, style="bold" if row is rows[0] else None)
     return table
 
 
 def _price_table(sweeps: Sequence[Mapping[str, Any]], primary: str, *, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("objective", no_wrap=True)
-    for heading in ("threshold", primary, "cost", "multiplier"):
-        table.add_column(heading, justify="right")
+    table = new_table(title, "objective", "threshold", primary, "cost", "multiplier")
     for line in sweeps:
         last = len(line["thresholds"]) - 1
         for i in dict.fromkeys(round(last * share) for share in (0, 0.25, 0.5, 0.75, 1)):

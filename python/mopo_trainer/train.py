@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from datasets import Dataset
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -23,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -33,10 +33,12 @@ from transformers import (
 from transformers.trainer_utils import set_seed
 
 from mopo_trainer import data, plots
+from mopo_trainer.checkpoint import resolve_checkpoint
 from mopo_trainer.config import MOPOConfig
 from mopo_trainer.files import write_json
 from mopo_trainer.scorers import load_scorers
 from mopo_trainer.solve import LabelProblem, objective_rows, objectives_table
+from mopo_trainer.tables import new_table
 from mopo_trainer.trainer import MOPOTrainer
 
 EXAMPLES = """\
@@ -134,17 +136,34 @@ class TrainParser(HfArgumentParser):
         raise ValueError(f"{message} (see mopo train --help)")
 
     def hide_inherited(self) -> None:
-        """Leave the options that MOPOConfig merely inherits out of the help."""
+        """Leave the options that MOPOConfig merely inherits out of the help, but for those that everyone sets."""
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - set(MOPOConfig.__annotations__)
         shown = {"output_dir", "learning_rate", "max_steps", "num_train_epochs", "resume_from_checkpoint", "seed"}
         for action in self._actions:
-            if action.dest in inherited - shown:
+            if action.dest in inherited - shown or action.dest == "remove_unused_columns":
                 action.help = argparse.SUPPRESS
+            elif action.dest == "resume_from_checkpoint":
+                action.help = "true: the newest whole checkpoint in output_dir; or a checkpoint's directory."
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """`--name TYPE  help [default]`: one spelling of each option, as YAML files have it."""
+
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0 or action.dest == "help":
+            return super()._format_action_invocation(action)
+        kind = getattr(action.type, "__name__", "str")
+        metavar = action.metavar or {"string_to_bool": "true|false"}.get(kind, kind.upper())
+        if action.choices:
+            metavar = "|".join(map(str, action.choices))
+        return f"{action.option_strings[0]} {metavar}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, argparse.SUPPRESS) and action.nargs != 0
+        return (action.help or "") + (" [%(default)s]" if shown else "")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConfig]:
@@ -176,7 +195,9 @@ def _yaml_arguments(path: Path, parser: TrainParser) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: not valid YAML ({problem or error})") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected lines of the form `name: value`")
     options = {action.dest for action in parser._actions}
@@ -212,16 +233,16 @@ def run_train(arguments: Sequence[str]) -> int:
     """Train as the arguments say; returns the exit code."""
     script, config = parse_arguments(arguments)
     set_seed(config.seed)
+    if not torch.accelerator.is_available():
+        config.dataloader_pin_memory = False  # torch warns on every run otherwise
+    if config.resume_from_checkpoint:
+        resolve_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)  # fails before the data are read
     train_groups, eval_groups = load_groups(script, config)
     console = Console(quiet=config.process_index != 0)
     print_plan(script.dataset or "", train_groups, config, console)
+    model, tokenizer = load_model(script)
     trainer = MOPOTrainer(
-        load_model(script),
-        config,
-        train_groups,
-        eval_groups,
-        processing_class=AutoTokenizer.from_pretrained(model_path(script)),
-        peft_config=lora_config(script),
+        model, config, train_groups, eval_groups, processing_class=tokenizer, peft_config=lora_config(script)
     )
     trainer.remove_callback(PrinterCallback if config.disable_tqdm else ProgressCallback)
     trainer.add_callback(StepLines)
@@ -233,10 +254,10 @@ def run_train(arguments: Sequence[str]) -> int:
         trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
-        output = Path(config.output_dir)
-        plots.plot_training(history, output / "training.png")
+        objectives, output = trainer.dual.objectives, Path(config.output_dir)
+        plots.plot_training(history, output / "training.png", objectives=objectives)
         write_json(output / "training_log.json", history)
-        console.print(summary_table(history))
+        console.print(summary_table(history, objectives))
         console.print(f"Written: {output} (model, training.png, training_log.json)", soft_wrap=True)
     return 0
 
@@ -273,17 +294,23 @@ def print_plan(source: str, groups: Dataset, config: MOPOConfig, console: Consol
     console.print(objectives_table(rows, len(groups)))
 
 
-def model_path(script: ScriptArguments) -> str:
-    if script.model_name_or_path == "smollm2":
+def load_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer.
+
+    Raises:
+        ValueError: neither a directory with a model nor a name that can be fetched.
+    """
+    source = script.model_name_or_path or ""
+    if source == "smollm2":
         from mopo_trainer.smollm import smollm2  # downloads and converts: only for those who ask
 
-        return str(smollm2())
-    return str(script.model_name_or_path)
-
-
-def load_model(script: ScriptArguments) -> PreTrainedModel:
+        source = str(smollm2())
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
-    return AutoModelForCausalLM.from_pretrained(model_path(script), dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model_name_or_path={source}: no such directory, or no model in it ({reason})") from error
 
 
 def lora_config(script: ScriptArguments) -> Any:
@@ -343,15 +370,14 @@ def step_line(logs: Mapping[str, float]) -> str | None:
     return "  ".join(parts)
 
 
-def summary_table(history: Sequence[Mapping[str, Any]]) -> Table:
+def summary_table(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> Table:
     """Last thresholds, multipliers and held-out win rates of a run."""
     last: dict[str, Any] = {}
     for row in history:
         last.update(row)
-    table = Table(title="At the end", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("objective", "threshold", "multiplier", "held-out win rate", "held-out agreement"):
-        table.add_column(heading, justify="left" if heading == "objective" else "right")
-    for name in plots.objective_names(history):
+    headings = ("threshold", "multiplier", "held-out win rate", "held-out agreement")
+    table = new_table("At the end", "objective", *headings)
+    for name in objectives:
         keys = (f"threshold/{name}", f"multiplier/{name}", f"eval_win_rate/{name}", f"eval_agreement/{name}")
         table.add_row(name, *(f"{last[key]:.3f}" if key in last else "–" for key in keys))
     return table

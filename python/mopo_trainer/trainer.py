@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,12 +39,12 @@ from mopo_trainer.files import atomic_path
 from mopo_trainer.logps import (
     LMHead,
     TokenizedGroups,
+    batch_sequences,
     collate,
-    last_hidden_states,
-    next_token_targets,
+    pack,
     parameters_fingerprint,
+    response_hidden_states,
     response_logps,
-    select_sequences,
     tokenize_groups,
 )
 from mopo_trainer.scorers import load_scorers
@@ -130,31 +131,33 @@ class MOPOTrainer(Trainer):
         """`mopo_loss` of a batch from `collate`; only the responses whose weight counts enter the model."""
         args, device = self.args, inputs["input_ids"].device
         response = inputs["response"].cpu()
-        win_rate, group = self.train_groups.win_rate[response], inputs["group"].cpu()
-        labels = {
-            "win_rate": win_rate.to(device),
-            "group": group.to(device),
-            "multipliers": self.dual.multipliers.to(device),
-            "lag_log_ratio": self._lag_log_ratio(response, device),
-        }
+        labels = StepLabels(self.train_groups.win_rate[response], inputs["group"].cpu(), self._lag_log_ratio(response))
+        win_rate, group, lag_log_ratio = labels.to(device)
+        multipliers = self.dual.multipliers.to(device)
         index = None
         if args.policy_step == "clone":
-            weights = mopo_weights(**labels, tau=args.tau)
+            weights = mopo_weights(win_rate, group, multipliers, tau=args.tau, lag_log_ratio=lag_log_ratio)
             index = (weights > args.min_weight).nonzero().squeeze(-1)
-        batch = inputs if index is None else select_sequences(inputs, index)
 
+        row_of = None
+        if args.share_prompt:
+            row_of = (group if index is None else group[index]).tolist()
+        packed = pack(batch_sequences(inputs, index), row_of, self.pad_token_id).to(device)
         plain = self.accelerator.unwrap_model(model)
-        hidden = last_hidden_states(model, plain.get_decoder(), batch)
+        hidden = response_hidden_states(model, plain, packed)
         head = LMHead.of(plain)
         with self.accelerator.autocast():
             output = mopo_loss(
                 hidden.to(head.weight.dtype),
                 head.weight,
-                next_token_targets(batch),
-                **labels,
+                packed.target,
+                win_rate,
+                group,
+                multipliers,
                 tau=args.tau,
                 eps=float(self.dual.eps),
                 ref_logp=self._reference_logp(response, device),
+                lag_log_ratio=lag_log_ratio,
                 policy_step=args.policy_step,
                 min_weight=args.min_weight,
                 index=index,
@@ -163,7 +166,7 @@ class MOPOTrainer(Trainer):
                 backend=args.backend,
                 **head.options,
             )
-        self._steps.add(win_rate, group, labels["lag_log_ratio"], output, inputs["attention_mask"], batch)
+        self._steps.add(labels, output, all_tokens=int(inputs["attention_mask"].sum()), tokens=packed.tokens)
         return (output.loss, output) if return_outputs else output.loss
 
     def _reference_logp(self, response: Tensor, device: torch.device) -> Tensor | None:
@@ -172,12 +175,12 @@ class MOPOTrainer(Trainer):
             return None
         return self.reference.get("lag", self.reference["train"])[response].to(device)
 
-    def _lag_log_ratio(self, response: Tensor | slice, device: torch.device | str = "cpu") -> Tensor | None:
+    def _lag_log_ratio(self, response: Tensor | slice) -> Tensor | None:
         """Clipped log ω = log π_lag − log π_ref0, None before the first refresh."""
         if "lag" not in self.reference:
             return None
         ratio = self.reference["lag"][response] - self.reference["train"][response]
-        return ratio.clamp(-self.args.lag_clip, self.args.lag_clip).to(device)
+        return ratio.clamp(-self.args.lag_clip, self.args.lag_clip)
 
     # -------------------------------------------------------------------------------------- dual and reference
 
@@ -196,7 +199,7 @@ class MOPOTrainer(Trainer):
 
         The new reference is the policy as it was one lag ago (arXiv 2505.10892, Algorithm 1), scored then.
         """
-        self.dual.update(**self._steps.labels())
+        self.dual.update(*self._steps.labels())
         if self.dual.lag_due:
             self.reference["lag"] = self.reference.get("now", self.reference["train"])
             self.reference["now"] = self._response_logps(self.train_groups, description="Reference refresh")
@@ -214,6 +217,7 @@ class MOPOTrainer(Trainer):
             accelerator=self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,
+            row_of=groups.group.tolist() if self.args.share_prompt else None,
             backend=self.args.backend,
             adapter_off=adapter_off,
             description=description,
@@ -226,12 +230,13 @@ class MOPOTrainer(Trainer):
         weights = parameters_fingerprint(plain, lambda parameter: not (adapter and parameter.requires_grad))
         directory = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference")
         file = directory / f"{weights[:16]}-{groups.fingerprint()[:16]}.safetensors"
-        if file.is_file():
+        if broadcast_object_list([file.is_file()])[0]:  # one rank decides: a forward pass needs all of them
             return load_file(file)["logp"]
         logp = self._response_logps(groups, description=f"Reference log-probs ({split})", adapter_off=adapter)
         if self.args.should_save:
             with atomic_path(file) as temporary:
                 save_file({"logp": logp}, temporary)
+        self.accelerator.wait_for_everyone()
         return logp
 
     # --------------------------------------------------------------------------------------------- evaluation
@@ -356,44 +361,44 @@ class DualCallback(TrainerCallback):
         self.trainer.step_dual()
 
 
+class StepLabels(NamedTuple):
+    """The labels of a batch, on the CPU in float64."""
+
+    win_rate: Tensor  # [B, K]
+    group: Tensor  # [B]
+    lag_log_ratio: Tensor | None  # [B]
+
+    def to(self, device: torch.device) -> StepLabels:
+        lag = None if self.lag_log_ratio is None else self.lag_log_ratio.to(device)
+        return StepLabels(self.win_rate.to(device), self.group.to(device), lag)
+
+
 class _StepRecord:
     """What the micro-batches of the running step hold for the dual, and of the steps since the last log for the log."""
 
     def __init__(self) -> None:
-        self._labels: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._labels: list[StepLabels] = []
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._tokens = {"tokens": 0, "skipped_tokens": 0}
         self._since = time.perf_counter()
 
-    def add(
-        self,
-        win_rate: Tensor,
-        group: Tensor,
-        lag_log_ratio: Tensor | None,
-        output: MOPOOutput,
-        attention_mask: Tensor,
-        batch: Mapping[str, Tensor],
-    ) -> None:
-        self._labels.append((win_rate, group, None if lag_log_ratio is None else lag_log_ratio.cpu()))
+    def add(self, labels: StepLabels, output: MOPOOutput, *, all_tokens: int, tokens: int) -> None:
+        self._labels.append(labels)
         for name in ("win_rates", "lower_bounds", "ess", "kl", "dropped_mass"):
             self._values[name].append(getattr(output, name).detach().double().cpu())
-        tokens = int(batch["attention_mask"].sum())
         self._tokens["tokens"] += tokens
-        self._tokens["skipped_tokens"] += int(attention_mask.sum()) - tokens
+        self._tokens["skipped_tokens"] += all_tokens - tokens
 
-    def labels(self) -> dict[str, Tensor | None]:
-        """win_rate, group and lag_log_ratio of the whole step, groups of its micro-batches kept apart; then forgets."""
-        offset, groups = 0, []
-        for _, group, _ in self._labels:
-            groups.append(group + offset)
-            offset += int(group.max()) + 1
-        win_rate, _, lag = zip(*self._labels, strict=True)
-        self._labels = []
-        return {
-            "win_rate": torch.cat(win_rate),
-            "group": torch.cat(groups),
-            "lag_log_ratio": None if lag[0] is None else torch.cat(lag),
-        }
+    def labels(self) -> StepLabels:
+        """The labels of the whole step, groups of its micro-batches kept apart; then forgets them."""
+        parts, self._labels = self._labels, []
+        offset = max(int(part.group.max()) for part in parts) + 1
+        lags = [part.lag_log_ratio for part in parts if part.lag_log_ratio is not None]
+        return StepLabels(
+            torch.cat([part.win_rate for part in parts]),
+            torch.cat([part.group + i * offset for i, part in enumerate(parts)]),
+            torch.cat(lags) if lags else None,
+        )
 
     def metrics(self, dual: MOPODual, accelerator: Any) -> dict[str, float]:
         """Means since the last log over steps and ranks, token counts summed; then starts over."""
@@ -466,7 +471,7 @@ def _check_min_weight(groups: TokenizedGroups, args: MOPOConfig) -> None:
 def _dual(names: Sequence[str], args: MOPOConfig) -> MOPODual:
     return MOPODual(
         names,
-        primary=args.primary,
+        primary=names[0],
         thresholds=args.threshold_map(),
         tau=args.tau,
         eps=args.robust_radius(),

@@ -226,6 +226,11 @@ def test_labels_in_a_format_of_ours_are_not_overridden_by_an_adapter():
     assert to_groups([row])["win_rate"] == [{"kind": [0.25, 0.75]}]
 
 
+def test_pairs_that_quote_a_dialogue_are_not_hh_rlhf():
+    row = {"prompt": "Continue.", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    assert to_groups([row])["responses"] == [[row["chosen"], row["rejected"]]]
+
+
 def test_adapter_by_name():
     pair = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}
     assert to_groups([pair], adapter="pku-saferlhf")["win_rate"][0]["helpful"] == [0.0, 1.0]

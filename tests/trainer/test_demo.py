@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from mopo_trainer import demo
 from mopo_trainer.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, verdict
 from mopo_trainer.evaluate import Interval

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from mopo_trainer.evaluate import bootstrap_interval, label_win_rates, sampled_win_rates
 
 NAN = math.nan

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from mopo_trainer import sampling
 from mopo_trainer.sampling import full_sentences, sample_responses
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from mopo_trainer import smollm
 from mopo_trainer.smollm import DIRECTORY, ModelUnavailable, default_cache, smollm2
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture

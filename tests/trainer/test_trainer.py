@@ -115,6 +115,29 @@ def test_responses_without_weight_never_enter_the_model(tmp_path, tiny_model, to
     assert all(entry["tokens_per_second"] > 0 for entry in logs)
 
 
+@pytest.mark.parametrize("policy_step", ["clone", "contrast"])
+def test_sharing_prompts_trains_the_same_model_with_fewer_tokens(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+    trained, skipped = [], []
+    for share in (False, True):
+        model = copy.deepcopy(tiny_model)
+        trainer = make(
+            tmp_path / str(share),
+            model,
+            tokenizer,
+            pairs,
+            share_prompt=share,
+            policy_step=policy_step,
+            learning_rate=1e-3,
+            min_weight=1e-9,
+            optim="sgd",
+        )
+        trainer.train()
+        trained.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        skipped.append(sum(entry.get("skipped_tokens", 0) for entry in trainer.state.log_history))
+    torch.testing.assert_close(trained[1], trained[0], rtol=1e-4, atol=1e-6)
+    assert skipped[1] > skipped[0]
+
+
 def test_logs_carry_every_objective(tmp_path, tiny_model, tokenizer, pairs):
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, eps="0.01")
     trainer.train()

@@ -1,0 +1,601 @@
+"""The MOPO objective against golden cases, closed forms, its invariances, and what it refuses."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from golden_cases import golden, tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from mopo_kernels.objective import (
+    mopo_objective,
+    mopo_weights,
+    robust_bound,
+    win_rate_from_comparisons,
+    win_rate_from_pairs,
+)
+
+POLICY_STEPS = ("clone", "contrast", "regress")
+TAU = 0.3  # soft enough that every weight matters
+EXACT = {"rtol": 1e-10, "atol": 1e-12}  # two float64 evaluation orders of the same sums
+
+
+def random_batch(seed, sizes, objectives=3, unlabelled=0.0, lag=True):
+    """Arguments of mopo_objective for groups of the given sizes, in random row order and with odd ids."""
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(sizes)
+    win_rate = torch.rand(count, objectives, generator=generator, dtype=torch.float64)
+    win_rate[torch.rand(count, objectives, generator=generator) < unlabelled] = math.nan
+    ids = torch.randperm(1000, generator=generator)[: len(sizes)] - 500
+    order = torch.randperm(count, generator=generator)
+    return {
+        "logp": torch.randn(count, generator=generator, dtype=torch.float64),
+        "win_rate": win_rate,
+        "group": ids.repeat_interleave(torch.tensor(sizes))[order],
+        "multipliers": torch.cat([torch.ones(1), torch.rand(objectives - 1, generator=generator)]).double(),
+        "ref_logp": torch.randn(count, generator=generator, dtype=torch.float64),
+        "lag_log_ratio": torch.randn(count, generator=generator, dtype=torch.float64) if lag else None,
+        "tau": TAU,
+        "eps": 0.02,
+    }
+
+
+def rows(batch, index):
+    """The batch's rows `index`, in that order."""
+    per_row = ("logp", "win_rate", "group", "ref_logp", "lag_log_ratio")
+    return {name: x[index] if name in per_row and x is not None else x for name, x in batch.items()}
+
+
+def members(group):
+    return [(group == i).nonzero()[:, 0] for i in group.unique()]
+
+
+batches = st.builds(
+    random_batch,
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(2, 5), min_size=1, max_size=5),
+    objectives=st.integers(1, 4),
+    unlabelled=st.sampled_from([0.0, 0.3]),
+    lag=st.booleans(),
+)
+
+
+# ------------------------------------------------------------------------------------------------------ golden cases
+
+
+@pytest.mark.parametrize("case", golden("batch"))
+@pytest.mark.parametrize("policy_step", POLICY_STEPS)
+def test_golden_batch(case, policy_step):
+    output = mopo_objective(
+        tensor(case["logp"]),
+        tensor(case["win_rate"]),
+        torch.tensor(case["group"]),
+        tensor([1.0, *case["multipliers"]]),
+        tau=case["tau"],
+        eps=case["eps"],
+        ref_logp=tensor(case["ref_logp"]),
+        lag_log_ratio=None if case["lag_log_ratio"] is None else tensor(case["lag_log_ratio"]),
+        policy_step=policy_step,
+    )
+    relative = {"rtol": case["tol"]["rel"], "atol": 0}
+    torch.testing.assert_close(output.weights, tensor(case["weights"]), **relative)
+    torch.testing.assert_close(output.win_rates[1:], tensor(case["win_rates"]), **relative)
+    torch.testing.assert_close(output.lower_bounds[1:], tensor(case["lower_bounds"]), **relative)
+    torch.testing.assert_close(output.ess, tensor(case["ess"]), **relative)
+    torch.testing.assert_close(output.loss, tensor(case["loss"][policy_step]), **relative)
+    if case["eps"] > 0:
+        torch.testing.assert_close(output.chi[1:], tensor(case["chi"]), rtol=case["tol"]["chi_rel"], atol=0)
+
+
+@pytest.mark.parametrize("case", golden("robust"))
+def test_golden_robust_bound(case):
+    bound, chi = robust_bound(tensor(case["values"]), tensor(case["ref_weights"]), case["eps"])
+    assert bound.item() == pytest.approx(case["lower_bound"], abs=case["tol"]["bound"])
+    assert chi.item() == pytest.approx(case["chi"], rel=case["tol"]["chi_rel"])
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def test_pairs_lie_first_then_second():
+    preference = tensor([[1.0, 0.3], [None, 0.0]])
+    expected = tensor([[1.0, 0.3], [None, 0.0], [0.0, 0.7], [None, 1.0]])
+    torch.testing.assert_close(win_rate_from_pairs(preference), expected, equal_nan=True)
+
+
+@given(seed=st.integers(0, 10**6), responses=st.integers(2, 6))
+@settings(deadline=None, max_examples=30)
+def test_comparisons_average_over_the_opponents_met(seed, responses):
+    generator = torch.Generator().manual_seed(seed)
+    pairs = torch.combinations(torch.arange(responses))
+    pairs = pairs[torch.rand(len(pairs), generator=generator) < 0.7]
+    first, second = pairs[:, 0], pairs[:, 1]
+    preference = torch.rand(len(pairs), 2, generator=generator, dtype=torch.float64)
+    preference[torch.rand(preference.shape, generator=generator) < 0.3] = math.nan
+
+    expected = torch.full((responses, 2), math.nan, dtype=torch.float64)
+    for i, k in itertools.product(range(responses), range(2)):
+        met = [float(p[k]) for f, p in zip(first, preference, strict=True) if f == i]
+        met += [1 - float(p[k]) for s, p in zip(second, preference, strict=True) if s == i]
+        met = [p for p in met if not math.isnan(p)]
+        if met:
+            expected[i, k] = sum(met) / len(met)
+    torch.testing.assert_close(
+        win_rate_from_comparisons(first, second, preference, responses), expected, equal_nan=True
+    )
+
+
+def test_all_comparisons_of_a_pair_are_its_pair_labels():
+    preference = tensor([[0.9, None], [0.2, 1.0]])
+    from_comparisons = win_rate_from_comparisons(torch.tensor([0, 1]), torch.tensor([2, 3]), preference, 4)
+    torch.testing.assert_close(from_comparisons, win_rate_from_pairs(preference), equal_nan=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+@given(batch=batches)
+@settings(deadline=None, max_examples=50)
+def test_weights_are_the_softmax_of_scores_within_each_group(batch):
+    labels = (batch["win_rate"], batch["group"], batch["multipliers"])
+    weights = mopo_weights(*labels, tau=TAU, lag_log_ratio=batch["lag_log_ratio"])
+    unnormalised = mopo_weights(*labels, tau=TAU, lag_log_ratio=batch["lag_log_ratio"], normalize="none")
+    for member in members(batch["group"]):
+        v = batch["win_rate"][member]
+        counted = torch.where(v.isnan().all(0), 0.0, v.nan_to_num(nan=0.5))
+        score = counted @ batch["multipliers"]
+        lag = torch.zeros(len(member)).double() if batch["lag_log_ratio"] is None else batch["lag_log_ratio"][member]
+        torch.testing.assert_close(weights[member], (score / TAU + lag).softmax(0), **EXACT)
+        torch.testing.assert_close(unnormalised[member], lag.softmax(0) * (score / TAU - 1).exp(), **EXACT)
+
+
+def test_pair_weight_is_the_logistic_of_the_multi_objective_margin():
+    preference = tensor([[0.7, 0.1, None], [0.2, 0.8, 1.0]])
+    multipliers = tensor([1.0, 0.5, 2.0])
+    margin = (multipliers * (2 * preference - 1)).nansum(1)
+    weights = mopo_weights(win_rate_from_pairs(preference), torch.tensor([0, 1, 0, 1]), multipliers, tau=0.08)
+    torch.testing.assert_close(weights, torch.cat([margin, -margin]).div(0.08).sigmoid(), **EXACT)
+
+
+def test_scores_of_hundreds_neither_overflow_nor_lose_the_loser():
+    win_rate = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    weights = mopo_weights(win_rate, torch.tensor([0, 0]), torch.tensor([1.0, 6.0]), tau=0.08)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor([1.0, math.exp(-7 / 0.08)]), rtol=1e-6, atol=0)
+
+
+def test_weights_and_estimates_carry_no_gradient():
+    batch = random_batch(0, [2, 3])
+    for name in ("win_rate", "multipliers", "lag_log_ratio", "logp"):
+        batch[name].requires_grad_()
+    output = mopo_objective(**batch)
+    carriers = {name for name, x in vars(output).items() if x.requires_grad}
+    assert carriers == {"loss", "logp"}
+    output.loss.backward()
+    assert batch["win_rate"].grad is None
+    assert batch["logp"].grad is not None
+
+
+# --------------------------------------------------------------------------------------------------------- estimates
+
+
+@given(batch=batches)
+@settings(deadline=None, max_examples=30)
+def test_win_rates_are_the_derivatives_of_the_dual(batch):
+    """c_k G_k = d/d lambda_k of tau mean_x log E_ref exp(s / tau), c_k the fraction of groups labelled for k."""
+    groups = members(batch["group"])
+    lag = torch.zeros_like(batch["logp"]) if batch["lag_log_ratio"] is None else batch["lag_log_ratio"]
+    multipliers = batch["multipliers"].clone().requires_grad_()
+    total, labelled = 0, torch.zeros(len(multipliers)).double()
+    for member in groups:
+        v = batch["win_rate"][member]
+        nobody = v.isnan().all(0)
+        labelled += ~nobody
+        score = torch.where(nobody, 0.0, v.nan_to_num(nan=0.5)) @ multipliers
+        total = total + TAU * ((score / TAU + lag[member]).logsumexp(0) - lag[member].logsumexp(0))
+    (derivative,) = torch.autograd.grad(total, multipliers)
+    expected = torch.where(labelled > 0, derivative / labelled, math.nan)
+    torch.testing.assert_close(mopo_objective(**batch).win_rates, expected, equal_nan=True, **EXACT)
+
+
+def test_a_group_without_label_is_left_out_of_the_averages():
+    batch = random_batch(1, [2, 3, 4])
+    batch["win_rate"][batch["group"] == batch["group"][0], 1] = math.nan
+    others = rows(batch, batch["group"] != batch["group"][0])
+    torch.testing.assert_close(mopo_objective(**batch).win_rates[1], mopo_objective(**others).win_rates[1], **EXACT)
+    torch.testing.assert_close(
+        mopo_objective(**batch).lower_bounds[1], mopo_objective(**others).lower_bounds[1], **EXACT
+    )
+
+
+def test_an_objective_without_any_label_has_no_estimate_and_no_effect():
+    batch = random_batch(2, [2, 3])
+    batch["win_rate"][:, 2] = math.nan
+    output = mopo_objective(**batch)
+    for estimate in (output.win_rates, output.lower_bounds, output.chi):
+        assert estimate.isnan().tolist() == [False, False, True]
+    batch["win_rate"], batch["multipliers"] = batch["win_rate"][:, :2], batch["multipliers"][:2]
+    torch.testing.assert_close(output.weights, mopo_objective(**batch).weights, **EXACT)
+
+
+def test_bound_is_the_robust_bound_of_the_joint_sample():
+    batch = random_batch(3, [2, 4, 3])
+    output = mopo_objective(**batch)
+    values, ref_weights = [], []
+    for member in members(batch["group"]):
+        reference = batch["lag_log_ratio"][member].softmax(0)
+        values.append(output.weights[member] / reference * batch["win_rate"][member, 1])
+        ref_weights.append(reference / 3)
+    bound, chi = robust_bound(torch.cat(values), torch.cat(ref_weights), batch["eps"])
+    torch.testing.assert_close(output.lower_bounds[1], bound, **EXACT)
+    torch.testing.assert_close(output.chi[1], chi, rtol=1e-8, atol=0)
+
+
+def test_ess_and_kl_by_hand():
+    batch = random_batch(4, [2, 3], lag=False)
+    output = mopo_objective(**batch)
+    w = output.weights
+    size = (batch["group"][:, None] == batch["group"]).sum(1)
+    assert output.ess.item() == pytest.approx(4 / (w**2).sum().item())
+    assert output.kl.item() == pytest.approx((w * (w * size).log()).sum().item() / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("policy_step", POLICY_STEPS)
+def test_gradcheck(policy_step):
+    batch = random_batch(5, [2, 3, 4], unlabelled=0.2)
+    logp, ref_logp = batch.pop("logp").requires_grad_(), batch.pop("ref_logp").requires_grad_()
+    inputs = (logp,) if policy_step == "clone" else (logp, ref_logp)
+
+    def loss(logp, ref_logp=ref_logp):
+        return mopo_objective(logp, ref_logp=ref_logp, policy_step=policy_step, **batch).loss
+
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@given(batch=batches)
+@settings(deadline=None, max_examples=30)
+def test_gradients_have_the_closed_forms_that_kernels_use(batch):
+    """clone -w_i/G; contrast (softmax_group(h)_i - w_i)/G; regress 2 sum_j(...)/(pairs G)."""
+    groups = members(batch["group"])
+    h = batch["logp"] - batch["ref_logp"]
+    w = mopo_weights(
+        batch["win_rate"], batch["group"], batch["multipliers"], tau=TAU, lag_log_ratio=batch["lag_log_ratio"]
+    )
+    expected = {step: torch.zeros_like(h) for step in POLICY_STEPS}
+    expected["clone"] -= w / len(groups)
+    for member in groups:
+        v = batch["win_rate"][member]
+        score = torch.where(v.isnan().all(0), 0.0, v.nan_to_num(nan=0.5)) @ batch["multipliers"]
+        expected["contrast"][member] = (h[member].softmax(0) - w[member]) / len(groups)
+        n = len(member)
+        error = h[member] - (n - 1) / n * score / TAU
+        differences = error[:, None] - error[None]
+        expected["regress"][member] = 2 * differences.sum(1) / (n * (n - 1) / 2 * len(groups))
+    for step in POLICY_STEPS:
+        logp = batch["logp"].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(mopo_objective(**{**batch, "logp": logp}, policy_step=step).loss, logp)
+        torch.testing.assert_close(gradient, expected[step], **EXACT)
+
+
+# -------------------------------------------------------------------------------------------------------- invariances
+
+
+def assert_same(a, b, order=None):
+    """Outputs of one batch in two forms; `order` maps the rows of a to those of b."""
+    for name, x in vars(a).items():
+        y = getattr(b, name)
+        x = x[order] if name in ("logp", "weights") and order is not None else x
+        torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-8 if name == "chi" else 1e-10, atol=1e-12)
+
+
+@given(batch=batches, policy_step=st.sampled_from(POLICY_STEPS), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
+def test_neither_row_order_nor_group_ids_matter(batch, policy_step, seed):
+    output = mopo_objective(**batch, policy_step=policy_step)
+    order = torch.randperm(len(batch["logp"]), generator=torch.Generator().manual_seed(seed))
+    assert_same(output, mopo_objective(**rows(batch, order), policy_step=policy_step), order)
+    renamed = {**batch, "group": 10**12 - 7 * batch["group"]}
+    assert_same(output, mopo_objective(**renamed, policy_step=policy_step))
+
+
+@given(batch=batches, shift=st.floats(-50, 50))
+@settings(deadline=None, max_examples=30)
+def test_a_constant_per_prompt_cancels(batch, shift):
+    """Normalisers cancel in contrast and regress; clone, a likelihood, moves by the shift; so do lag ratios cancel."""
+    chosen = (batch["group"] == batch["group"][0]).double()
+    moved = {**batch, "logp": batch["logp"] + shift * chosen}
+    if batch["lag_log_ratio"] is not None:
+        moved["lag_log_ratio"] = batch["lag_log_ratio"] + shift * chosen
+    loose = {"rtol": 1e-8, "atol": 1e-9}
+    for step, change in (("clone", -shift / len(batch["group"].unique())), ("contrast", 0), ("regress", 0)):
+        before, after = mopo_objective(**batch, policy_step=step), mopo_objective(**moved, policy_step=step)
+        torch.testing.assert_close(after.loss, before.loss + change, **loose)
+        torch.testing.assert_close(after.weights, before.weights, **loose)
+
+
+@given(batch=batches, policy_step=st.sampled_from(POLICY_STEPS))
+@settings(deadline=None, max_examples=30)
+def test_a_batch_is_the_average_of_its_groups(batch, policy_step):
+    parts = [mopo_objective(**rows(batch, member), policy_step=policy_step) for member in members(batch["group"])]
+    whole = mopo_objective(**batch, policy_step=policy_step)
+    torch.testing.assert_close(whole.loss, torch.stack([part.loss for part in parts]).mean(), **EXACT)
+    torch.testing.assert_close(whole.kl, torch.stack([part.kl for part in parts]).mean(), **EXACT)
+    win_rates = torch.stack([part.win_rates for part in parts]).nanmean(0)
+    torch.testing.assert_close(whole.win_rates, win_rates, equal_nan=True, **EXACT)
+
+
+def test_one_objective_and_hard_pairs_are_dpo_with_soft_labels_and_ipo():
+    h = tensor([0.3, -1.2, 0.4, 2.0])
+    arguments = {
+        "win_rate": win_rate_from_pairs(tensor([[1.0], [0.0]])),
+        "group": torch.tensor([0, 1, 0, 1]),
+        "multipliers": torch.ones(1, dtype=torch.float64),
+        "tau": TAU,
+        "ref_logp": torch.zeros(4, dtype=torch.float64),
+    }
+    margin = tensor([h[0] - h[2], h[3] - h[1]])  # of the winner over the loser
+    soft_label = tensor(1 / TAU).sigmoid()
+    dpo = -(soft_label * margin.sigmoid().log() + (1 - soft_label) * (-margin).sigmoid().log()).mean()
+    ipo = ((margin - 1 / (2 * TAU)) ** 2).mean()
+    torch.testing.assert_close(mopo_objective(h, policy_step="contrast", **arguments).loss, dpo, **EXACT)
+    torch.testing.assert_close(mopo_objective(h, policy_step="regress", **arguments).loss, ipo, **EXACT)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_regress_is_unbiased_under_single_draws_by_enumeration(n):
+    """Over all iid draws of n responses and of their labels, the expected gradient vanishes at h = v / tau."""
+    mu = tensor([0.5, 0.2, 0.3])
+    preference = tensor([[0.5, 0.9, 0.3], [0.1, 0.5, 0.6], [0.7, 0.4, 0.5]])
+    pairs = list(itertools.combinations(range(n), 2))
+    drawn, win_rates, probability = [], [], []
+    for draw in itertools.product(range(3), repeat=n):
+        for labels in itertools.product([0.0, 1.0], repeat=len(pairs)):
+            chance = math.prod(mu[y].item() for y in draw)
+            wins = torch.zeros(n, dtype=torch.float64)
+            for (i, j), label in zip(pairs, labels, strict=True):
+                p = preference[draw[i], draw[j]].item()
+                chance *= p if label else 1 - p
+                wins[i] += label
+                wins[j] += 1 - label
+            drawn.append(draw)
+            win_rates.append(wins / (n - 1))
+            probability.append(chance)
+    response = torch.tensor(drawn).flatten()
+    optimum = (preference @ mu / TAU)[response].requires_grad_()
+    count = len(drawn)
+    loss = mopo_objective(
+        optimum,
+        torch.cat(win_rates)[:, None],
+        torch.arange(count).repeat_interleave(n),
+        torch.ones(1, dtype=torch.float64),
+        tau=TAU,
+        ref_logp=torch.zeros_like(optimum),
+        policy_step="regress",
+    ).loss
+    (gradient,) = torch.autograd.grad(loss, optimum)
+    expected = gradient * count * tensor(probability).repeat_interleave(n)
+    per_response = torch.zeros(3, dtype=torch.float64).index_add(0, response, expected)
+    torch.testing.assert_close(per_response, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------- kept, dtypes, graph
+
+
+def test_what_is_not_kept_leaves_the_clone_loss_and_is_reported():
+    batch = random_batch(6, [3, 4])
+    weights = mopo_objective(**batch).weights
+    kept = weights > 0.2
+    assert 0 < kept.sum() < len(kept)
+    logp = torch.where(kept, batch["logp"], math.nan).requires_grad_()
+    output = mopo_objective(**{**batch, "logp": logp}, kept=kept)
+    assert output.loss.item() == pytest.approx(-(weights * batch["logp"])[kept].sum().item() / 2)
+    assert output.dropped_mass.item() == pytest.approx(weights[~kept].sum().item() / 2)
+    (gradient,) = torch.autograd.grad(output.loss, logp)
+    torch.testing.assert_close(gradient, torch.where(kept, -weights / 2, 0), **EXACT)
+
+
+def test_results_are_in_the_callers_dtypes_and_sums_in_float64():
+    batch = random_batch(7, [2, 3])
+    single = {name: x.float() if name != "group" and torch.is_tensor(x) else x for name, x in batch.items()}
+    output = mopo_objective(**{**single, "logp": single["logp"].bfloat16()})
+    assert output.loss.dtype == torch.bfloat16
+    assert {x.dtype for name, x in vars(output).items() if name not in ("loss", "logp")} == {torch.float32}
+    exact = mopo_objective(**batch)
+    torch.testing.assert_close(output.weights, exact.weights.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("policy_step", POLICY_STEPS)
+def test_compiles_to_one_graph(policy_step):
+    batch = random_batch(8, [2, 3, 2], unlabelled=0.2)
+
+    def loss_and_weights(logp, win_rate, group):
+        arguments = {**batch, "logp": logp, "win_rate": win_rate, "group": group}
+        output = mopo_objective(**arguments, policy_step=policy_step)
+        return output.loss, output.lower_bounds, mopo_weights(win_rate, group, batch["multipliers"], tau=TAU)
+
+    compiled = torch.compile(loss_and_weights, fullgraph=True, backend="aot_eager")
+    arguments = batch["logp"].requires_grad_(), batch["win_rate"], batch["group"]
+    for a, b in zip(compiled(*arguments), loss_and_weights(*arguments), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    (gradient,) = torch.autograd.grad(compiled(*arguments)[0], arguments[0])
+    (expected,) = torch.autograd.grad(loss_and_weights(*arguments)[0], arguments[0])
+    torch.testing.assert_close(gradient, expected, **EXACT)
+
+
+def test_output_is_a_pytree():
+    output = mopo_objective(**random_batch(9, [2]))
+    doubled = torch.utils._pytree.tree_map(lambda x: 2 * x, output)
+    assert type(doubled) is type(output)
+    torch.testing.assert_close(doubled.weights, 2 * output.weights)
+
+
+# ------------------------------------------------------------------------------------------------------- robust bound
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(2, 40),
+    log_eps=st.floats(-12, 0.5),
+)
+@settings(deadline=None, max_examples=60)
+def test_bound_is_the_maximum_over_chi(seed, size, log_eps):
+    generator = torch.Generator().manual_seed(seed)
+    values = 3 * torch.rand(size, generator=generator, dtype=torch.float64)
+    ref_weights = torch.rand(size, generator=generator, dtype=torch.float64).softmax(0)
+    eps = 10**log_eps
+    bound, chi = robust_bound(values, ref_weights, eps)
+
+    def negative(log_chi):
+        c = math.exp(log_chi)
+        return c * ((ref_weights * (-(values - values.min()) / c).exp()).sum().log().item() + eps) - values.min().item()
+
+    best = minimize_scalar(negative, bounds=(-12, 25), method="bounded", options={"xatol": 1e-10})
+    assert bound.item() == pytest.approx(max(-best.fun, values.min().item()), abs=1e-6)
+    assert values.min() <= bound <= (values * ref_weights).sum()
+    if chi > 0:
+        assert -negative(math.log(chi)) == pytest.approx(bound.item(), abs=1e-9)
+
+
+def test_bound_without_a_ball_is_the_mean_and_with_a_wide_one_the_minimum():
+    values, ref_weights = tensor([0.2, 0.7, 1.0]), tensor([0.25, 0.25, 0.5])
+    assert [x.item() for x in robust_bound(values, ref_weights, 0.0)] == [pytest.approx(0.725), math.inf]
+    assert [x.item() for x in robust_bound(values, ref_weights, math.log(4) + 1e-9)] == [0.2, 0.0]
+    just_inside, chi = robust_bound(values, ref_weights, math.log(4) - 1e-3)
+    assert 0.2 < just_inside < 0.21
+    assert chi > 0
+
+
+def test_bound_of_a_constant_is_the_constant():
+    values, ref_weights = torch.full((4,), 0.3, dtype=torch.float64), tensor([0.1, 0.2, 0.3, 0.4])
+    for eps in (0.0, 1e-12, 0.1, 3.0):
+        assert robust_bound(values, ref_weights, eps)[0].item() == pytest.approx(0.3, abs=1e-15)
+
+
+def test_bound_ignores_values_without_weight():
+    with_ghost = robust_bound(tensor([-5.0, 0.4, 0.9]), tensor([0.0, 0.5, 0.5]), 0.1)
+    without = robust_bound(tensor([0.4, 0.9]), tensor([0.5, 0.5]), 0.1)
+    torch.testing.assert_close(with_ghost, without, **EXACT)
+
+
+def test_bounds_of_a_stack_are_those_of_its_rows():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(2, 3, 9, generator=generator, dtype=torch.float64)
+    ref_weights = torch.rand(2, 3, 9, generator=generator, dtype=torch.float64).softmax(-1)
+    ref_weights[0, 0] = tensor([1 - 8e-9] + [1e-9] * 8)  # its ball reaches the minimum long after the others'
+    bound, chi = robust_bound(values, ref_weights, 0.05)
+    for i, j in itertools.product(range(2), range(3)):
+        row = robust_bound(values[i, j], ref_weights[i, j], 0.05)
+        torch.testing.assert_close((bound[i, j], chi[i, j]), row, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 5.0])
+def test_bound_is_differentiable_by_the_envelope_theorem(eps):
+    values = tensor([0.1, 0.5, 0.8, 0.9]).requires_grad_()
+    weights = tensor([0.3, -0.2, 0.4, 0.0]).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, w: robust_bound(v, w.softmax(0), eps)[0], (values, weights))
+
+
+def test_chi_op_is_registered_properly():
+    arguments = (torch.rand(3, 5, dtype=torch.float64), torch.full((3, 5), 0.2, dtype=torch.float64), 0.1)
+    torch.library.opcheck(torch.ops.mopo_kernels.solve_chi.default, arguments)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad(name, value, message):
+    return pytest.param({name: value}, message, id=f"{name}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        bad("win_rate", torch.tensor([[0.5], [1.2]]), r"win_rate must lie in \[0, 1\].*got 1.2 in row 1, objective 0"),
+        bad("win_rate", torch.tensor([[0.5], [-0.1]]), r"win_rate must lie in \[0, 1\]"),
+        bad("win_rate", torch.tensor([[0.5], [math.inf]]), r"win_rate must lie in \[0, 1\]"),
+        bad("win_rate", torch.tensor([[1], [0]]), "win_rate must be a floating-point tensor"),
+        bad("win_rate", torch.tensor([1.0, 0.0]), "win_rate must be a floating-point tensor"),
+        bad("group", torch.tensor([0, 1]), "group 0 has one response"),
+        bad("group", torch.tensor([0.0, 0.0]), "group must be an int64 tensor"),
+        bad("group", torch.tensor([0, 0, 0]), "group must be an int64 tensor"),
+        bad("multipliers", torch.tensor([2.0]), "multipliers must be 1 at the primary objective 0; got 2"),
+        bad("multipliers", torch.tensor([1.0, 1.0]), "multipliers must have one entry"),
+        bad("multipliers", torch.tensor([-1.0]), "multipliers must be finite and >= 0"),
+        bad("multipliers", torch.tensor([math.nan]), "multipliers must be finite and >= 0"),
+        bad("primary", 1, "primary must be an objective 0 .. 0; got 1"),
+        bad("tau", 0.0, "tau must be a positive number; got 0.0"),
+        bad("tau", math.nan, "tau must be a positive number"),
+        bad("eps", -0.1, "eps must be a number >= 0"),
+        bad("logp", torch.tensor([math.nan, 0.0]), "logp of response 0 is nan"),
+        bad("logp", torch.zeros(3), "logp must have one entry for each of the 2 responses"),
+        bad("ref_logp", torch.tensor([0.0, -math.inf]), "ref_logp of response 1 is -inf"),
+        bad("ref_logp", None, "policy_step='regress' needs ref_logp"),
+        bad("kept", torch.tensor([True, False]), "kept works with 'clone' only"),
+        bad("lag_log_ratio", torch.tensor([0.0, math.nan]), "lag_log_ratio must be finite"),
+        bad("lag_log_ratio", torch.zeros(1), "lag_log_ratio must have one entry"),
+        bad("policy_step", "ppo", "policy_step must be one of clone, contrast, regress; got 'ppo'"),
+        bad("normalize", "batch", "normalize must be one of group, none; got 'batch'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    good = {
+        "logp": torch.zeros(2),
+        "win_rate": torch.tensor([[1.0], [0.0]]),
+        "group": torch.tensor([0, 0]),
+        "multipliers": torch.ones(1),
+        "ref_logp": torch.zeros(2),
+        "tau": TAU,
+        "policy_step": "regress",
+    }
+    mopo_objective(**good)
+    with pytest.raises(ValueError, match=message):
+        mopo_objective(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "preference", "message"),
+    [
+        ([0], [0], [[1.0]], "comparison 0 compares response 0 with itself"),
+        ([0, 2], [1, 1], [[1.0], [0.5]], "first must hold responses 0 .. 1; got 0 .. 2"),
+        ([0], [-1], [[1.0]], "second must hold responses"),
+        ([0, 1], [1, 0], [[1.0], [0.5]], "responses 0 and 1 are compared twice for objective 0"),
+        ([0], [1], [[1.5]], r"preference must lie in \[0, 1\]"),
+        ([0], [1, 1], [[1.0]], "first and second must have one index"),
+    ],
+)
+def test_bad_comparisons_are_named(first, second, preference, message):
+    with pytest.raises(ValueError, match=message):
+        win_rate_from_comparisons(torch.tensor(first), torch.tensor(second), torch.tensor(preference), 2)
+
+
+def test_a_pair_may_be_labelled_once_per_objective():
+    preference = tensor([[1.0, None], [None, 0.3]])
+    win_rate = win_rate_from_comparisons(torch.tensor([0, 1]), torch.tensor([1, 0]), preference, 2)
+    torch.testing.assert_close(win_rate, tensor([[1.0, 0.7], [0.0, 0.3]]))
+
+
+def test_bad_pairs_are_named():
+    with pytest.raises(ValueError, match=r"preference must lie in \[0, 1\].*got 2 in row 0, objective 1"):
+        win_rate_from_pairs(torch.tensor([[0.0, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("values", "ref_weights", "eps", "message"),
+    [
+        ([0.1, 0.2], [0.5, 0.6], 0.1, "ref_weights must be >= 0 and sum to 1"),
+        ([0.1, 0.2], [1.5, -0.5], 0.1, "ref_weights must be >= 0 and sum to 1"),
+        ([0.1, 0.2], [1.0], 0.1, "must be floating-point tensors of one shape"),
+        ([0.1, math.nan], [0.5, 0.5], 0.1, "values must be finite"),
+        ([0.1, 0.2], [0.5, 0.5], -1.0, "eps must be a number >= 0"),
+    ],
+)
+def test_bad_samples_are_named(values, ref_weights, eps, message):
+    with pytest.raises(ValueError, match=message):
+        robust_bound(torch.tensor(values), torch.tensor(ref_weights), eps)

@@ -1,0 +1,164 @@
+"""What `mopo solve` reports: the figures stated beside the example data, prices, attainable ranges."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mopo_kernels import InfeasibleThresholds
+from mopo_trainer.solve import LabelProblem, analyse, load_problem, plot_report, sweep
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
+
+# Win rates as the data's READMEs state them (a generic constrained solver), in the order of the objectives named here.
+SUMMEVAL = {
+    None: (0.0, (0.936, 0.779, 0.791, 0.153)),
+    0.5: (0.600, (0.812, 0.615, 0.630, 0.500)),
+    0.7: (1.016, (0.675, 0.491, 0.514, 0.700)),
+}
+QA_FEEDBACK = {
+    None: (0.0, (0.943, 0.491)),
+    0.7: (0.716, (0.856, 0.700)),
+    0.9: (1.641, (0.641, 0.900)),
+}
+
+
+@pytest.fixture(scope="module")
+def summeval():
+    return load_problem(
+        str(EXAMPLES / "summeval-op" / "summeval-op.jsonl"),
+        primary="specificity",
+        objectives=["fluency", "faithfulness", "brevity"],
+        scorers=["brevity"],
+    )
+
+
+@pytest.fixture(scope="module")
+def qa_feedback():
+    return load_problem(
+        str(EXAMPLES / "qa-feedback" / "qa-feedback.jsonl.gz"), primary="preferred", scorers=["brevity"]
+    )
+
+
+def assert_stated(problem, threshold, multiplier, win_rates):
+    rows = {row["objective"]: row for row in analyse(problem, threshold, points=2)["objectives"]}
+    assert list(rows) == list(problem.objectives)
+    assert [row["win_rate"] for row in rows.values()] == pytest.approx(win_rates, abs=1e-3)
+    assert rows["brevity"]["multiplier"] == pytest.approx(multiplier, abs=1e-3)
+
+
+@pytest.mark.parametrize("threshold", SUMMEVAL)
+def test_summeval_gives_the_stated_figures(summeval, threshold):
+    assert_stated(summeval, {"brevity": threshold} if threshold else {}, *SUMMEVAL[threshold])
+
+
+@pytest.mark.parametrize("threshold", QA_FEEDBACK)
+def test_qa_feedback_gives_the_stated_figures(qa_feedback, threshold):
+    assert_stated(qa_feedback, {"brevity": threshold} if threshold else {}, *QA_FEEDBACK[threshold])
+
+
+def test_the_primary_stands_first_and_unwanted_secondaries_are_dropped(summeval):
+    assert summeval.objectives == ("specificity", "fluency", "faithfulness", "brevity")
+    assert summeval.win_rate.shape == (32 * 13, 4)
+    assert "32 groups, 416 responses, primary specificity" in summeval.headline
+
+
+def test_cost_is_what_dropping_the_threshold_gives_back(summeval):
+    thresholds = {"brevity": 0.6, "fluency": 0.6}
+    rows = {row["objective"]: row for row in analyse(summeval, thresholds, points=2)["objectives"]}
+    without = summeval.solve({"brevity": 0.6}).win_rates[0]
+    assert rows["fluency"]["cost"] == pytest.approx(float(without) - rows["specificity"]["win_rate"], abs=1e-9)
+    assert rows["fluency"]["cost"] > 1e-3
+    assert rows["faithfulness"]["cost"] is None
+
+
+def test_sweep_runs_from_free_to_nearly_the_best(summeval):
+    line = sweep(summeval, {}, "brevity", points=5)
+    free = float(summeval.solve({}).win_rates[-1])
+    best = float(summeval.best_alone[-1])
+    assert line["thresholds"][0] == pytest.approx(free)
+    assert line["thresholds"][-1] == pytest.approx(free + 0.99 * (best - free))
+    assert line["multipliers"][0] == pytest.approx(0, abs=1e-6)
+    assert line["multipliers"] == sorted(line["multipliers"])
+    assert line["primary"] == sorted(line["primary"], reverse=True)
+
+
+def test_best_beside_another_threshold_is_attainable_and_near_the_limit(summeval):
+    others = {"brevity": 0.8}
+    best = summeval.best("fluency", others)
+    span = float(summeval.best_alone[1]) - float(summeval.solve(others).win_rates[1])
+    assert best < float(summeval.best_alone[1]) - 0.02  # brevity takes its toll
+    summeval.solve({**others, "fluency": best})
+    with pytest.raises(InfeasibleThresholds):
+        summeval.solve({**others, "fluency": best + 0.02 * span})
+
+
+def test_infeasible_thresholds_are_named(summeval):
+    with pytest.raises(InfeasibleThresholds, match=r"'fluency'.*0.95.*0.8229"):
+        analyse(summeval, {"fluency": 0.95})
+
+
+def test_thresholds_on_wrong_objectives(summeval):
+    with pytest.raises(ValueError, match="'specificity': it is the primary"):
+        summeval.solve({"specificity": 0.5})
+    with pytest.raises(ValueError, match=r"unknown objective 'speed'.*fluency, faithfulness, brevity"):
+        summeval.solve({"speed": 0.5})
+
+
+def test_unknown_names_are_refused_before_solving(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b", "preference": {"x": 1, "y": 0}}\n')
+    with pytest.raises(ValueError, match="no objective 'z'; it has: x, y"):
+        load_problem(str(file), primary="z")
+    assert load_problem(str(file)).primary == "x"
+    assert load_problem(str(file), objectives=["y"]).objectives == ("y",)
+
+
+def test_robust_bounds_are_what_thresholds_hold():
+    generator = torch.Generator().manual_seed(0)
+    preference = torch.rand(200, 2, generator=generator, dtype=torch.float64)
+    win_rate = torch.stack([preference, 1 - preference], dim=1).view(-1, 2)
+    group = torch.arange(200).repeat_interleave(2)
+    problem = LabelProblem("labels", ("a", "b"), win_rate, group, tau=0.08, eps=0.001)
+    row = analyse(problem, {"b": 0.55}, points=2)["objectives"][1]
+    assert row["lower_bound"] == pytest.approx(0.55, abs=1e-6)
+    assert row["win_rate"] > 0.56
+    assert "ε = 0.001" in problem.headline
+
+
+def test_automatic_radius_is_small_and_positive():
+    problem = load_problem(str(EXAMPLES / "summeval-op" / "summeval-op.jsonl"), primary="fluency", eps="auto")
+    assert 0 < problem.eps < 1e-3
+
+
+def test_partly_labelled_objectives_are_counted(tmp_path):
+    rows = [
+        {"prompt": f"p{i}", "chosen": "a", "rejected": "b", "preference": {"x": 1.0, "y": 0.25 if i < 3 else None}}
+        for i in range(5)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    x, y = analyse(load_problem(str(file)), {}, points=2)["objectives"]
+    assert (x["labelled_groups"], y["labelled_groups"]) == (5, 3)
+    assert (y["free"], y["best"]) == (pytest.approx(0.25, abs=1e-5), pytest.approx(0.75))
+    assert (x["correlation"], y["correlation"]) == (pytest.approx(1), pytest.approx(-1))
+
+
+def test_a_constant_objective_has_no_correlation(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "preference": {"x": 1.0, "y": 0.5}}
+    file.write_text(json.dumps(row) + "\n")
+    _, y = analyse(load_problem(str(file)), {}, points=2)["objectives"]
+    assert y["correlation"] is None
+    assert y["free"] == y["best"] == pytest.approx(0.5)
+
+
+def test_the_figure_marks_the_chosen_thresholds(summeval):
+    found = analyse(summeval, {"brevity": 0.7}, points=3)
+    cost, price = plot_report(found, "headline").axes
+    (marker,) = [line for line in cost.get_lines() if line.get_marker() == "o" and len(line.get_xdata()) == 1]
+    assert marker.get_xdata()[0] == 0.7
+    assert marker.get_ydata()[0] == pytest.approx(0.675, abs=1e-3)
+    assert "specificity" in cost.get_ylabel()
+    assert "multiplier" in price.get_ylabel()
