@@ -93,10 +93,19 @@ double max_row(const void* row, int64_t columns, const void* bias, const Transfo
     return largest;
 }
 
+// lse in two parts: z - high is exact where z is near lse, so p does not feel the rounding of a large lse.
+template <class V>
+struct Shift {
+    typename V::reg high, low;
+    explicit Shift(double lse)
+        : high(V::set(static_cast<typename V::scalar>(lse))),
+          low(V::set(static_cast<typename V::scalar>(lse - static_cast<typename V::scalar>(lse)))) {}
+};
+
 // coefficient * dz/dlogit * (onehot - exp(z - lse)) of one vector.
 template <class V>
 inline typename V::reg gradient(typename V::reg scaled, typename V::reg onehot, const LogitTransform<V>& transform,
-                                typename V::reg factor, typename V::reg lse) {
+                                typename V::reg factor, const Shift<V>& lse) {
     auto slope = factor;
     auto z = scaled;
     if (transform.softcap) {
@@ -104,7 +113,7 @@ inline typename V::reg gradient(typename V::reg scaled, typename V::reg onehot, 
         z = V::mul(V::set(transform.outer), tanh);
         slope = V::mul(factor, V::sub(V::set(1), V::mul(tanh, tanh)));
     }
-    return V::mul(slope, V::sub(onehot, V::exp(V::sub(z, lse))));
+    return V::mul(slope, V::sub(onehot, V::exp(V::sub(V::sub(z, lse.high), lse.low))));
 }
 
 template <class V, class T>
@@ -115,7 +124,7 @@ void gradient_row(const void* row, int64_t columns, const void* bias, const Tran
     auto* y = static_cast<T*>(out);
     const LogitTransform<V> transform(bias, t);
     const auto factor = V::set(static_cast<scalar>(coefficient * t.inner * (t.softcap ? t.outer : 1.0)));
-    const auto shift = V::set(static_cast<scalar>(lse));
+    const Shift<V> shift(lse);
     const auto zero = V::set(0);
     const bool has_target = target >= 0 && target < columns;
     const auto at_target =

@@ -58,7 +58,7 @@ class Statistics(NamedTuple):
 
     @property
     def logp(self) -> Tensor:  # [R]
-        return self.target - self.lse
+        return self.target - self.max - self.sum.log()  # in this order huge logits cancel first
 
 
 class Fold(Protocol):
