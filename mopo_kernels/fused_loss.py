@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mopo_kernels.head_ops import fake_gradients, head_for, plan_for, present, scales_of
 from mopo_kernels.logprob import autocast, check_linear, check_result, filter_threshold
 from mopo_kernels.objective import PolicyStep, TargetPolicy, dense_groups
-from mopo_kernels.ops import fake_gradients, head_for, plan_for, present, result_dtype, scales_of
-from mopo_kernels.plan import CPU_WORKSPACE
+from mopo_kernels.plan import CPU_WORKSPACE, accumulate_dtype
 from mopo_kernels.tiles import GradientSum, fused_gradients
 
 
@@ -137,7 +137,7 @@ def linear_policy_loss(
 
     fused_gradients(head, inputs, flat_target, blocks, coefficient, sums)
     grad_hidden, grad_weight, grad_bias = sums.finish(bias)
-    dtype = result_dtype(weight.dtype)
+    dtype = accumulate_dtype(weight.dtype)
     loss = (policy_gradient(logp, labels, policy_step) * logp).sum()
     shaped = None if grad_hidden is None else grad_hidden.reshape(hidden.shape)
     return loss.to(dtype), logp.to(dtype), *present((shaped, grad_weight, grad_bias), weight)
@@ -162,7 +162,7 @@ def _(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = result_dtype(weight.dtype)
+    dtype = accumulate_dtype(weight.dtype)
     loss, logp = hidden.new_empty((), dtype=dtype), hidden.new_empty(slot.shape, dtype=dtype)
     return loss, logp, *fake_gradients(hidden, weight, bias, needs)
 

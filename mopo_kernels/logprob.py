@@ -1,7 +1,7 @@
 """Log-probabilities of target tokens from hidden states and an LM head, or from logits.
 
 The three functions here validate, flatten leading dimensions and hand over to the backend that
-`mopo_kernels.backends` chooses: `reference`, or the tile engine (ops.py) with that backend's fold kernels.
+`mopo_kernels.backends` chooses: `reference`, or the tile engine (head_ops.py) with that backend's fold kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends, ops
+from mopo_kernels import backends, head_ops, token_ops
 from mopo_kernels.backends import reference
 
 
@@ -65,7 +65,7 @@ def linear_logprob(
     )
     hidden, weight, bias = autocast(hidden, weight, bias)
     name = backends.choose("linear_logprob", hidden.device.type, backend).backend
-    run = reference.linear_logprob if name == "reference" else partial(ops.run_linear_logprob, backend=name)
+    run = reference.linear_logprob if name == "reference" else partial(head_ops.run_linear_logprob, backend=name)
     logp = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -111,7 +111,7 @@ def token_logprob(
     _check_scales(temperature, softcap)
     _check_target(target, logits.shape[-1], ignore_index)
     name = backends.choose("token_logprob", logits.device.type, backend).backend
-    run = reference.token_logprob if name == "reference" else partial(ops.run_token_logprob, backend=name)
+    run = reference.token_logprob if name == "reference" else partial(token_ops.run_token_logprob, backend=name)
     logp = run(
         logits.reshape(-1, logits.shape[-1]),
         target.reshape(-1),

@@ -6,7 +6,7 @@
     grad_weight += tileᵀ · hidden        vendor GEMM
 
 Only rows that count are ever gathered. Blocks come from the planner (plan.py). Sums of gradients are float32 (float64
-for float64). Nothing here knows autograd: the operators that torch sees are in ops.py and fused_loss.py.
+for float64). Nothing here knows autograd: the operators that torch sees are in head_ops.py and fused_loss.py.
 """
 
 from __future__ import annotations

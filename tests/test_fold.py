@@ -99,7 +99,9 @@ def fold_in_tiles(logits, target, coefficient, transform, bias, widths):
 @settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(1, 7),
-    widths=st.lists(st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1023, 1024, 1025]), min_size=1, max_size=3),
+    widths=st.lists(
+        st.sampled_from([1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1023, 1024, 1025]), min_size=1, max_size=3
+    ),
     padding=st.integers(0, 5),
     dtype=st.sampled_from(DTYPES),
     transform=st.sampled_from(TRANSFORMS),

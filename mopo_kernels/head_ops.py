@@ -1,7 +1,7 @@
-"""The operators that torch sees (torch.library): the tile engine's log-probabilities and token_logprob on logits.
+"""linear_logprob as torch sees it: operators over the tile engine, with fake kernels and an autograd formula.
 
-Each has a fake kernel for torch.compile and an autograd formula; gradients of gradients are refused. Arguments are
-validated and flattened by logprob.py; `backend` names a module of the fold contract.
+Arguments are validated and flattened by logprob.py; `backend` names a module of the fold contract. What the operators
+of a head share stands here too (fused_loss.py, token_ops.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import backends
-from mopo_kernels.backends.fold import Statistics, Transform
+from mopo_kernels.backends.fold import Transform
 from mopo_kernels.plan import CPU_WORKSPACE, Logits, Plan, accumulate_dtype, compute_dtype, fits_kept, plan
 from mopo_kernels.tiles import GradientSum, Head, fused_gradients, gather
 
@@ -53,12 +53,15 @@ def transform_of(scales: list[float]) -> Transform:
     return Transform(inner, outer, bool(softcap))
 
 
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of log-probabilities: float32, or float64 for float64 inputs."""
-    return accumulate_dtype(dtype)
+def refuse_double_backward(operator: torch.library.CustomOpDef) -> None:
+    """Make a second differentiation an error that says what to do."""
 
+    def refuse(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "the fused log-probabilities are differentiable once; for gradients of gradients use backend='reference'"
+        )
 
-# ------------------------------------------------------------------------------------------------ log-probs of a head
+    operator.register_autograd(refuse)
 
 
 def run_linear_logprob(
@@ -121,7 +124,7 @@ def linear_logprob(
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
     lse = torch.zeros_like(logp)
-    dtype = result_dtype(weight.dtype)
+    dtype = accumulate_dtype(weight.dtype)
     parts = rows.split(plan.row_block)
     if save == "grad_hidden":
         sums = GradientSum(head, hidden, needs=(True, False, False), blocks=len(parts))
@@ -148,7 +151,7 @@ def _(
     save: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logp = hidden.new_empty(target.shape, dtype=result_dtype(weight.dtype))
+    logp = hidden.new_empty(target.shape, dtype=accumulate_dtype(weight.dtype))
     lse = hidden.new_empty(target.shape, dtype=torch.float64)
     if save == "grad_hidden":
         return logp, lse, torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -262,119 +265,5 @@ def _(gradient: Tensor, scale: Tensor, hidden: Tensor) -> Tensor:
 
 
 linear_logprob.register_autograd(_backward, setup_context=_save)
-
-
-# ----------------------------------------------------------------------------------------------- log-probs from logits
-
-
-def run_token_logprob(
-    logits: Tensor,  # [N, V]
-    target: Tensor,  # [N]
-    *,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:  # [N]
-    """What `reference.token_logprob` computes, by the fold kernels."""
-    return token_logprob(logits, target, scales_of(temperature, softcap), ignore_index, backend)[0]
-
-
-@torch.library.custom_op("mopo_kernels::token_logprob", mutates_args=())
-def token_logprob(
-    logits: Tensor,  # [N, V]
-    target: Tensor,  # [N]
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """logp[N] and lse[N] (float64), reading the logits of counted rows once."""
-    fold, transform = backends.fold(backend), transform_of(scales)
-    statistics = Statistics.start(target.shape[0], target.device)
-    fold.fold_statistics(_row_major(logits), _skipping(target, ignore_index), statistics, transform)
-    counts = target != ignore_index
-    logp = torch.where(counts, statistics.logp, 0).to(result_dtype(logits.dtype))
-    return logp, torch.where(counts, statistics.lse, 0)
-
-
-@token_logprob.register_fake
-def _(logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
-    logp = logits.new_empty(target.shape, dtype=result_dtype(logits.dtype))
-    return logp, logits.new_empty(target.shape, dtype=torch.float64)
-
-
-@torch.library.custom_op("mopo_kernels::token_logprob_backward", mutates_args=())
-def token_logprob_backward(
-    grad_logp: Tensor,  # [N]
-    logits: Tensor,  # [N, V]
-    target: Tensor,  # [N]
-    lse: Tensor,  # [N]
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
-) -> Tensor:  # [N, V]
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    coefficient = torch.where(target != ignore_index, grad_logp.double(), 0)
-    backends.fold(backend).fold_gradient(
-        _row_major(logits), target.contiguous(), lse, coefficient, transform_of(scales), out=grad
-    )
-    return grad
-
-
-@token_logprob_backward.register_fake
-def _(
-    grad_logp: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _row_major(logits: Tensor) -> Tensor:
-    """Rows may lie anywhere apart, but a row's elements side by side."""
-    whole_rows = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
-    return logits if whole_rows else logits.contiguous()
-
-
-def _skipping(target: Tensor, ignore_index: int) -> Tensor:
-    """Targets of the fold contract, where rows that do not count are negative."""
-    return target.masked_fill(target == ignore_index, -1)
-
-
-def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, *options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, output[1])
-    ctx.options = options
-
-
-def _logits_backward(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grad = None if grad_logp is None else token_logprob_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None
-
-
-token_logprob.register_autograd(_logits_backward, setup_context=_save_logits)
-
-
-# ----------------------------------------------------------------------------------------------- double differentiation
-
-
-def refuse_double_backward(operator: torch.library.CustomOpDef) -> None:
-    """Make a second differentiation an error that says what to do."""
-
-    def refuse(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "the fused log-probabilities are differentiable once; for gradients of gradients use backend='reference'"
-        )
-
-    operator.register_autograd(refuse)
-
-
 refuse_double_backward(linear_logprob_backward)
 refuse_double_backward(_scale_rows)
-refuse_double_backward(token_logprob_backward)
