@@ -115,9 +115,9 @@ class GradientSum:
             head.fold.fold_gradient(
                 part, target, lse, coefficient, head.transform, first_column=columns.start, bias=bias, out=grad
             )
+            needed = None if keep is None else drop_small_blocks(grad, target - columns.start, keep)
             if self.bias is not None:
                 self.bias[columns] += grad.sum(0, dtype=self.accumulate)
-            needed = None if keep is None else drop_small_blocks(grad, target - columns.start, keep)
             if needed is None:
                 self._products(grad, hidden, columns, grad_hidden)
             else:

@@ -1,5 +1,6 @@
 """The fold kernels of the CPU backend, each instruction set against float64 torch: values, tails, poison, threads."""
 
+import itertools
 import math
 
 import numpy as np
@@ -83,7 +84,7 @@ def fold_in_tiles(logits, target, coefficient, transform, bias, widths):
     """Statistics over tiles of these widths, in any order, then the gradient in place."""
     statistics = Statistics.start(len(target), logits.device)
     edges = [0, *np.cumsum(widths).tolist()]
-    slices = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(edges)]
     for columns in reversed(slices):
         part = None if bias is None else bias[columns]
         options = {"first_column": columns.start, "bias": part}
