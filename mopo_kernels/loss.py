@@ -86,9 +86,7 @@ def mopo_loss(
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
     kept = None
     if policy_step == "clone":
-        weights = mopo_weights(
-            win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize
-        )
+        weights = mopo_weights(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
         kept = weights > min_weight
         if index is not None:
             kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
