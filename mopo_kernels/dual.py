@@ -612,7 +612,7 @@ class MOPODual(nn.Module):
         chi_min: float = 1e-3,
         multiplier_lr: float = 0.02,  # eta_lambda; barrier: weight of the newest estimate
         sigma: float = 0.01,  # strength of the barrier: a binding threshold keeps a slack of about sigma / lambda
-        delta: float = 0.01,  # slack below which the barrier is linear
+        delta: float = 0.02,  # slack below which the barrier is linear
         max_multiplier: float = MAX_MULTIPLIER,
     ) -> None:
         super().__init__()

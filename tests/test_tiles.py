@@ -204,7 +204,7 @@ def test_grad_filter_matches_the_reference_and_skips_what_it_says(likely):
         values_and_gradients((hidden, weight, bias), target, upstream, backend, grad_filter=threshold)
         for backend, threshold in (("cpu", 1e-5), ("reference", 1e-5), ("cpu", None))
     )
-    # The reference drops p at targets in skipped blocks too, the engine only elsewhere: less than grad_filter · |upstream|.
+    # In skipped blocks the reference drops p at targets too, the engine elsewhere only: under grad_filter · |upstream|.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-5)
     unlikely = torch.arange(2000) >= likely + 128
     unlikely[target] = False

@@ -286,14 +286,16 @@ def _pareto(args: argparse.Namespace) -> int:
     thresholds = parse_thresholds(args.threshold)
     from mopo_trainer import pareto
 
-    problem: Any
-    if args.file is None:
-        problem = pareto.example(args.example, primary=args.primary, tau=args.tau)
-    elif pareto.is_tabular(Path(args.file)):
-        problem = pareto.load_tabular(Path(args.file), primary=args.primary, tau=args.tau)
-    else:
-        problem = _label_problem(args)
-    return pareto.run_pareto(problem, thresholds, points=args.points, output=args.output)
+    if args.file is not None and not pareto.is_tabular(Path(args.file)):
+        return pareto.run_pareto(_label_problem(args), thresholds, points=args.points, output=args.output)
+    options = {"primary": args.primary, "tau": args.tau}
+    problem = (
+        pareto.example(args.example, **options)
+        if args.file is None
+        else pareto.load_tabular(Path(args.file), **options)
+    )
+    marked = {**problem.thresholds, **thresholds}
+    return pareto.run_pareto(problem, marked, points=args.points, output=args.output)
 
 
 def _label_problem(args: argparse.Namespace) -> Any:

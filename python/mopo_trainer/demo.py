@@ -63,24 +63,29 @@ BASE, ALONE, MOPO = "base", "primary alone", "MOPO"
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how long the demo takes and what it can show."""
+    """What decides how long the demo takes and what it can show.
 
-    steps: int = 24
-    groups_per_step: int = 8
+    The held-out texts are drawn at a lower temperature than the training responses (1.0): at 0.7 the small model is
+    more coherent, but cloning responses drawn below 1 would sharpen the policy whatever the labels say.
+    """
+
+    steps: int = 22
+    groups_per_micro_batch: int = 4
+    micro_batches: int = 2
     learning_rate: float = 1e-3
     lora_rank: int = 16
-    # Win rates in a group of four are multiples of 1/6: with tau = 0.08 the runner-up weighs 0.11, the rest below 0.02.
-    min_weight: float = 0.05
     tau: float = 0.08
+    # Of four responses this keeps 1.0 (primary alone) to 1.8 (three objectives); 0.5% of the weight is dropped.
+    min_weight: float = 0.05
     test_fraction: float = 0.25
     num_samples: int = 4  # per held-out prompt and model
-    max_new_tokens: int = 96
+    max_new_tokens: int = 80
     temperature: float = 0.7
     top_p: float = 0.95
     num_groups: int | None = None  # all
 
 
-TINY = Settings(steps=2, groups_per_step=2, lora_rank=2, num_samples=2, max_new_tokens=8, num_groups=12)
+TINY = Settings(steps=2, groups_per_micro_batch=1, lora_rank=2, num_samples=2, max_new_tokens=8, num_groups=12)
 
 
 def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, output: Path = Path("mopo-demo")) -> int:
@@ -221,7 +226,8 @@ def _train(
         min_weight=settings.min_weight,
         as_chat=True,
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.groups_per_step,
+        per_device_train_batch_size=settings.groups_per_micro_batch,
+        gradient_accumulation_steps=settings.micro_batches,
         learning_rate=settings.learning_rate,
         seed=seed,
         save_strategy="no",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from mopo_kernels import InfeasibleThresholds, solve_tabular
+from mopo_kernels import InfeasibleThresholds
+from mopo_kernels.tabular import solve_tabular
 from mopo_trainer import plots
 from mopo_trainer.files import write_json
-from mopo_trainer.solve import Problem, Solution, sweep
+from mopo_trainer.solve import Problem, Solution
 from mopo_trainer.tables import new_table
+from mopo_trainer.thresholds import parse_thresholds
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "P": _from_scores([[2.0, 1.5, 0.6, -1.0, -2.0], [-2.0, -0.2, 0.7, 1.6, 0.5]]),
         "mu": [0.3, 0.2, 0.2, 0.2, 0.1],
     },
-    # Rock, paper, scissors on `taste`: no reward model orders the three, yet against mu each has its win rate.
+    # Rock, paper, scissors on `taste`: no reward model orders the three, yet each has its win rate against mu, which
+    # mostly plays scissors.
     "cycle": {
         "objectives": ["taste", "brevity"],
         "responses": ["rock", "paper", "scissors"],
-        "P": [[[0.5, 0.1, 0.9], [0.9, 0.5, 0.1], [0.1, 0.9, 0.5]], *_from_scores([[2.0, 0.0, -2.0]])],
-        "mu": [0.2, 0.3, 0.5],
+        "P": [[[0.5, 0.1, 0.9], [0.9, 0.5, 0.1], [0.1, 0.9, 0.5]], *_from_scores([[-2.0, 0.0, 2.0]])],
+        "mu": [0.1, 0.2, 0.7],
     },
 }
 
@@ -126,7 +130,9 @@ def tabular_problem(
     mu = _distribution(content.get("mu", [1 / num_responses] * num_responses), "mu", num_responses, name)
     thresholds = content.get("thresholds", {})
     if isinstance(thresholds, list):
-        thresholds = dict(zip([names[k] for k in order[1:]], thresholds, strict=False))
+        if len(thresholds) != num_objectives - 1:
+            raise ValueError(f"{name}: thresholds must hold {num_objectives - 1} numbers, or {{objective: win rate}}")
+        thresholds = dict(zip([names[k] for k in order[1:]], thresholds, strict=True))
     return TabularProblem(
         name=name,
         objectives=tuple(names[k] for k in order),
@@ -134,8 +140,8 @@ def tabular_problem(
         P=matrices[order],
         mu=mu,
         pi_ref=_distribution(content["pi_ref"], "pi_ref", num_responses, name) if "pi_ref" in content else mu,
-        tau=float(tau if tau is not None else content.get("tau", 0.08)),
-        thresholds={objective: float(bound) for objective, bound in thresholds.items()},
+        tau=_temperature(content.get("tau", 0.08), name) if tau is None else tau,
+        thresholds=parse_thresholds(thresholds),
     )
 
 
@@ -166,6 +172,12 @@ def _primary_index(primary: str | int, names: Sequence[str], source: str) -> int
     raise ValueError(f"{source}: primary {primary!r} is none of the objectives: {', '.join(names)}")
 
 
+def _temperature(value: Any, source: str) -> float:
+    if isinstance(value, int | float):
+        return float(value)
+    raise ValueError(f"{source}: tau must be a number; got {value!r}")
+
+
 def _distribution(values: Any, key: str, count: int, source: str) -> Tensor:
     try:
         p = torch.tensor(values, dtype=torch.float64)
@@ -182,41 +194,50 @@ def _distribution(values: Any, key: str, count: int, source: str) -> Tensor:
 def front(problem: Problem, points: int) -> dict[str, Any]:
     """Solve for many thresholds and keep what no other solution dominates.
 
-    Each secondary's threshold is swept alone; with several secondaries, as many combinations again are drawn from a
-    Sobol sequence over the box of their ranges, those that cannot hold together being counted and left out.
+    Each secondary's threshold is swept alone, from what comes for free to nearly the best; with several secondaries,
+    twice as many combinations as a sweep has points are drawn from a Sobol sequence over the range that each objective
+    takes in the sweeps. Those that cannot hold together are counted and left out.
 
     Returns:
         objectives, points: {thresholds, win_rates, multipliers, on_front} per solution, infeasible: how many,
-        hypervolume: of all objectives and of each pair, from the reference point 0.
+        hypervolume: of all objectives and of each pair shown, from the reference point 0.
     """
-    found, infeasible = [], 0
-    sweeps = [sweep(problem, {}, name, points) for name in problem.secondaries]
-    for line in sweeps:
-        found += [_point(problem, {line["objective"]: bound}) for bound in line["thresholds"]]
-    if len(sweeps) > 1:
-        low = torch.tensor([line["thresholds"][0] for line in sweeps])
-        high = torch.tensor([line["thresholds"][-1] for line in sweeps])
-        draws = torch.quasirandom.SobolEngine(len(sweeps), scramble=True, seed=0).draw(points * len(sweeps))
-        for bounds in (low + (high - low) * draws).tolist():
-            try:
-                found.append(_point(problem, dict(zip(problem.secondaries, bounds, strict=True))))
-            except InfeasibleThresholds:
-                infeasible += 1
+    free, best = problem.solve({}).held, problem.best_alone
+    shares = np.linspace(0, 0.99, points)  # at the best itself the multiplier is infinite
+    wanted = [
+        {name: float(free[k] + share * (best[k] - free[k]))}
+        for k, name in enumerate(problem.objectives[1:], start=1)
+        for share in shares
+    ]
+    found, swept = _solve_all(problem, wanted), len(wanted)
+    if len(problem.secondaries) > 1:
+        low = torch.tensor([point["win_rates"] for point in found]).amin(0)
+        draws = torch.quasirandom.SobolEngine(len(low) - 1, scramble=True, seed=0).draw(2 * points)
+        bounds = low[1:] + (best - low)[1:] * draws
+        wanted += [dict(zip(problem.secondaries, row, strict=True)) for row in bounds.tolist()]
+        found += _solve_all(problem, wanted[swept:])
     win_rates = np.array([point["win_rates"] for point in found])
-    best = moocore.is_nondominated(win_rates, maximise=True, keep_weakly=True)
-    pairs = list(combinations(range(len(problem.objectives)), 2))
+    on_front = moocore.is_nondominated(win_rates, maximise=True, keep_weakly=True)
     return {
         "objectives": list(problem.objectives),
-        "points": [{**point, "on_front": bool(kept)} for point, kept in zip(found, best, strict=True)],
-        "infeasible": infeasible,
+        "points": [{**point, "on_front": bool(kept)} for point, kept in zip(found, on_front, strict=True)],
+        "infeasible": len(wanted) - len(found),
         "hypervolume": {
             "all": hypervolume(win_rates),
             "pairs": [
-                {"objectives": [problem.objectives[i] for i in pair], "value": hypervolume(win_rates[:, pair])}
-                for pair in pairs
+                {"objectives": [problem.objectives[k] for k in pair], "value": hypervolume(win_rates[:, pair])}
+                for pair in plots.panel_pairs(len(problem.objectives))
             ],
         },
     }
+
+
+def _solve_all(problem: Problem, wanted: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    found = []
+    for thresholds in tqdm(wanted, desc="Solving", leave=False, disable=None):
+        with suppress(InfeasibleThresholds):
+            found.append(_point(problem, thresholds))
+    return found
 
 
 def hypervolume(win_rates: NDArray[np.float64]) -> float:
@@ -255,21 +276,24 @@ def run_pareto(problem: Problem, thresholds: Mapping[str, float], *, points: int
 
 
 def _front_table(problem: Problem, found: Mapping[str, Any]) -> Table:
-    """Up to nine points of the front, spread evenly over the primary's win rate, and the chosen one."""
+    """Up to nine points of the front in order of the primary's win rate, and the chosen one."""
     kept = sorted((p for p in found["points"] if p["on_front"]), key=lambda p: -p["win_rates"][0])
     shown = [kept[round(i * (len(kept) - 1) / 8)] for i in range(9)] if len(kept) > 9 else kept
-    table = new_table("Win rates (and multipliers) along the front", *problem.objectives)
+    brackets = len(problem.objectives) <= 4  # more columns than these need the room
+    title = "Along the front: win rates" + ", and multipliers in brackets" * brackets
+    table = new_table(title, *problem.objectives)
     for point in shown:
-        table.add_row(*_cells(point))
+        table.add_row(*_cells(point, brackets))
     if "chosen" in found:
         table.add_section()
-        table.add_row(*_cells(found["chosen"]), style="bold")
+        table.add_row(*_cells(found["chosen"], brackets), style="bold")
     return table
 
 
-def _cells(point: Mapping[str, Any]) -> list[str]:
+def _cells(point: Mapping[str, Any], brackets: bool) -> list[str]:
     first, *others = point["win_rates"]
-    return [f"{first:.3f}"] + [f"{v:.3f} ({m:.2f})" for v, m in zip(others, point["multipliers"][1:], strict=True)]
+    multipliers = [f" ({multiplier:.2f})" * brackets for multiplier in point["multipliers"][1:]]
+    return [f"{first:.3f}", *(f"{rate:.3f}{price}" for rate, price in zip(others, multipliers, strict=True))]
 
 
 def _print_hypervolume(found: Mapping[str, Any], console: Console) -> None:

@@ -56,8 +56,9 @@ def _tidy(ax: Axes, *, title: str | None = None, xlabel: str | None = None, ylab
         ax.set_ylabel(ylabel)
 
 
-def _outside_legend(fig: Figure, axes: Sequence[Axes], *, columns: int = 5) -> None:
+def _outside_legend(fig: Figure, axes: Sequence[Axes]) -> None:
     """One legend below all panels, each label once."""
+    columns = int(fig.get_figwidth() // 1.9)
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -112,18 +113,18 @@ def plot_front(
     points: ArrayLike,  # [M, K] win rates
     objectives: Sequence[str],
     *,
-    candidates: ArrayLike | None = None,  # [Y, K] single responses, drawn in grey
+    candidates: ArrayLike | None = None,  # [Y, K] single responses, drawn in grey with their mixtures
     candidate_names: Sequence[str] = (),
     marked: Mapping[str, tuple[ArrayLike, ArrayLike | None]] | None = None,
     thresholds: Mapping[str, float] | None = None,
     subtitle: str = "",
 ) -> Figure:
-    """Pareto front, one panel per pair of objectives; the line joins the points that this pair makes non-dominated.
+    """Pareto front, one panel per pair of `panel_pairs`; the line joins the points that this pair makes non-dominated.
 
     marked: named points to compare with the front, as (values [K], half widths of their intervals [K] or None).
     """
     points = np.asarray(points, dtype=float)
-    pairs = list(combinations(range(len(objectives)), 2))
+    pairs = panel_pairs(len(objectives))
     columns = min(3, len(pairs))
     rows = math.ceil(len(pairs) / columns)
     fig = new_figure(max(6.4, 3.9 * columns), 0.9 + (4.2 if len(pairs) == 1 else 3.4) * rows)
@@ -163,10 +164,31 @@ def plot_front(
     return fig
 
 
+def panel_pairs(num_objectives: int) -> list[tuple[int, int]]:
+    """The pairs of objectives worth a panel: all up to four objectives, beyond that each secondary with the primary."""
+    if num_objectives > 4:
+        return [(0, k) for k in range(1, num_objectives)]
+    return list(combinations(range(num_objectives), 2))
+
+
 def _draw_candidates(ax: Axes, candidates: NDArray[np.float64], names: Sequence[str]) -> None:
     ax.plot(candidates[:, 0], candidates[:, 1], "x", color="0.45", markersize=7, label="single response", zorder=2)
     for name, (x, y) in zip(names, candidates, strict=False):
         ax.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color="0.35")
+    hull = _concave_front(candidates)
+    ax.plot(hull[:, 0], hull[:, 1], ":", color="0.45", linewidth=1.2, label="front as τ → 0", zorder=1)
+    ax.margins(0.12)
+
+
+def _concave_front(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mixtures of points [Y, 2] that nothing dominates: corners of the upper right of their convex hull."""
+    corners: list[NDArray[np.float64]] = []
+    best = moocore.is_nondominated(points, maximise=True)
+    for point in sorted(points[best], key=lambda p: p[0]):
+        while len(corners) > 1 and np.linalg.det([corners[-1] - corners[-2], point - corners[-2]]) >= 0:
+            corners.pop()
+        corners.append(point)
+    return np.array(corners)
 
 
 def _draw_front(ax: Axes, pair: NDArray[np.float64]) -> None:

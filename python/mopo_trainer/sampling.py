@@ -34,10 +34,10 @@ def sample_responses(
     prompts: Sequence[str],
     *,
     num_samples: int = 4,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
+    max_new_tokens: int = 80,
+    temperature: float = 1.0,
     top_k: int = 50,
-    top_p: float = 0.9,
+    top_p: float = 0.95,
     seed: int = 0,
     batch_size: int = 64,
     description: str | None = None,
@@ -166,10 +166,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, default=DEMO_DATA / "prompts.txt", help="one prompt per line")
     parser.add_argument("--output", type=Path, default=DEMO_DATA / "responses.jsonl")
     parser.add_argument("--num-samples", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--max-new-tokens", type=int, default=80)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(argv)

@@ -10,6 +10,7 @@ def new_table(title: str, first: str, *others: str, numbers: bool = True) -> Tab
     """A table that fits 80 columns: a name first, never cut, then columns of numbers (right-aligned) or of text."""
     table = Table(
         title=title,
+        min_width=len(title),
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
