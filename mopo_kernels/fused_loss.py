@@ -90,7 +90,7 @@ def fused_policy_loss(
         [x is not None and x.requires_grad for x in (hidden, weight, bias)],
         scales_of(temperature, softcap, logit_scale),
         *(ignore_index, filter_threshold(grad_filter, weight.dtype)),
-        *(CPU_WORKSPACE if workspace_bytes is None else workspace_bytes, backend),
+        *(CPU_WORKSPACE if workspace_bytes is None else workspace_bytes, backend, True),
     )
     check_result(logp, hidden=hidden, weight=weight, bias=bias)
     return loss, logp
@@ -114,8 +114,12 @@ def linear_policy_loss(
     grad_filter: float | None,
     workspace_bytes: int,
     backend: str,
+    donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The linearised loss [], logp[S], and the loss's gradients by hidden, weight and bias ([0] where not needed)."""
+    """The linearised loss [], logp[S], and the loss's gradients by hidden, weight and bias ([0] where not needed).
+
+    `donated`: the caller drops these gradients, so the backward may scale them in place.
+    """
     labels = PolicyTarget(slot, weights, shift, num_groups)
     length = target.shape[1]
     flat_target = target.reshape(-1)
@@ -161,6 +165,7 @@ def _(
     grad_filter: float | None,
     workspace_bytes: int,
     backend: str,
+    donated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(weight.dtype)
     loss, logp = hidden.new_empty((), dtype=dtype), hidden.new_empty(slot.shape, dtype=dtype)
@@ -186,7 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(logp, *gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
-    ctx.needs = inputs[10]
+    ctx.needs, ctx.donated = inputs[10], inputs[16]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -196,14 +201,18 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
             "for gradients of gradients use backend='reference'"
         )
     if grad_loss is None:
-        return (None,) * 16
-    gradients = (_scale(x, grad_loss) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
-    return *gradients, *(None,) * 13
+        return (None,) * 17
+    gradients = (
+        _scale(x, grad_loss, ctx.donated) if need else None
+        for x, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return *gradients, *(None,) * 14
 
 
-def _scale(gradient: Tensor, scale: Tensor) -> Tensor:
-    """gradient · scale, in place where eager mode is about to free the graph, so that no second copy is made."""
-    if type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+def _scale(gradient: Tensor, scale: Tensor, donated: bool) -> Tensor:
+    """gradient · scale, in place where the gradient is ours and the graph is about to be freed: no second copy."""
+    is_last_use = donated and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if is_last_use and type(gradient) is Tensor:  # a subclass is being traced
         return gradient.mul_(scale)
     return gradient * scale.to(gradient.dtype)
 

@@ -48,7 +48,7 @@ def test_opcheck_of_token_logprob():
 def test_opcheck_of_the_fused_loss(policy_step):
     hidden, weight, bias = tensors((S, L, H), (V, H), (V,))
     labels = (torch.arange(3).repeat(2), torch.rand(S).double(), torch.rand(S).double(), torch.tensor(3.0).double())
-    options = (policy_step, False, [True, True, True], SCALES, -100, None, 2**20, "cpu")
+    options = (policy_step, False, [True, True, True], SCALES, -100, None, 2**20, "cpu", False)
     arguments = (hidden, weight, bias, targets(), *labels, *options)
     torch.library.opcheck(linear_policy_loss, arguments, rtol=1e-4, atol=1e-4)  # the loss cancels over a group
 
