@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from mopo_kernels.dual import auto_eps
 from mopo_trainer import data, plots
 from mopo_trainer.checkpoint import resolve_checkpoint
 from mopo_trainer.config import MOPOConfig
@@ -287,8 +288,11 @@ def print_plan(source: str, groups: Dataset, config: MOPOConfig, console: Consol
     if config.primary not in names:
         raise ValueError(f"primary {config.primary!r} is not in the data; it has {', '.join(names)}")
     order = (config.primary, *(name for name in names if name != config.primary))
+    win_rate, group = data.labels(groups, order)
     radius = config.robust_radius()
-    problem = LabelProblem(source, order, *data.labels(groups, order), config.tau, 0.0 if radius == "auto" else radius)
+    if radius == "auto":
+        radius = auto_eps(win_rate, group, beta=config.ratchet_beta)
+    problem = LabelProblem(source, order, win_rate, group, config.tau, radius)
     rows = objective_rows(problem, config.threshold_map())
     console.print(problem.headline, style="bold", soft_wrap=True)
     console.print(objectives_table(rows, len(groups)))
