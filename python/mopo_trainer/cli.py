@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         return _run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if debug:
             raise
         print(f"mopo: error: {_one_line(error)}", file=sys.stderr)

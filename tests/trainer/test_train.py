@@ -9,6 +9,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from mopo_trainer import smollm
 from mopo_trainer.cli import main
 from mopo_trainer.train import StepLines, load_groups, lora_config, parse_arguments, step_line, summary_table
 
@@ -176,6 +177,15 @@ def test_the_primary_must_be_named(setup, capsys):
     Path("config.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "primary"}))
     assert main(["train", "config.yaml"]) == 2
     assert "primary is not set; choose the objective to maximise among friendly, brief" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_fetched_gets_one_line(setup, capsys, monkeypatch):
+    def fail():
+        raise smollm.ModelUnavailable("no network")
+
+    monkeypatch.setattr(smollm, "smollm2", fail)
+    assert main(["train", "config.yaml", "--model_name_or_path", "smollm2"]) == 2
+    assert capsys.readouterr().err == "mopo: error: no network\n"
 
 
 def test_help_shows_our_options_and_all_of_them_on_request(capsys):
