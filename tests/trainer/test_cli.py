@@ -188,7 +188,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
         ([], ["torch", "datasets", "matplotlib"]),
         (
             ["solve", str(SUMMEVAL), "--threshold", "relevance=0.9", "--output", "OUT", "--points", "2"],
-            ["transformers", "peft"],
+            ["transformers", "peft", "textstat"],
         ),
     ],
 )
