@@ -240,6 +240,12 @@ def _add_label_options(parser: Parser) -> None:
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
     parser.add_argument("--adapter", metavar="NAME", help="read FILE as this public data set instead of guessing")
+    parser.add_argument(
+        "--preferred",
+        default="preferred",
+        metavar="NAME",
+        help="name of the objective that chosen wins in rows without preference (default preferred)",
+    )
 
 
 def _add_output(parser: Parser, default: str, what: str) -> None:
@@ -309,6 +315,7 @@ def _label_problem(args: argparse.Namespace) -> Any:
         scorers=args.scorer,
         rating_scale=args.rating_scale,
         adapter=args.adapter,
+        preferred=args.preferred,
         tau=0.08 if args.tau is None else args.tau,
         eps=args.eps,
     )

@@ -169,6 +169,7 @@ def load_problem(
     scorers: Sequence[str] = (),
     rating_scale: float | None = None,
     adapter: str | None = None,
+    preferred: str = "preferred",
     tau: float = 0.08,
     eps: float | Literal["auto"] = 0.0,
 ) -> LabelProblem:
@@ -187,7 +188,9 @@ def load_problem(
     if eps != "auto":
         check_eps(eps)
     rows = data.load_rows(source, split=split)
-    groups = data.to_groups(rows, scorers=load_scorers(scorers), rating_scale=rating_scale, adapter=adapter)
+    groups = data.to_groups(
+        rows, scorers=load_scorers(scorers), rating_scale=rating_scale, adapter=adapter, preferred=preferred
+    )
     names = data.objectives(groups)
     for wanted in filter(None, (primary, *objectives)):
         if wanted not in names:

@@ -134,9 +134,21 @@ def test_scorers_add_objectives_and_are_not_applied_twice(setup):
     assert config.scorers is None
 
 
+def test_a_subset_and_a_name_for_unlabelled_pairs(setup):
+    rows = [{"prompt": f"{i}?", "chosen": "Yes, sir.", "rejected": "No."} for i in range(6)]
+    Path("bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script, config = parse_arguments(
+        "config.yaml --dataset bare.jsonl --preferred harmless --max_train_samples 2 --eval_fraction 0.5".split()
+    )
+    groups, held_out = load_groups(script, config)
+    assert (len(groups), len(held_out)) == (2, 3)
+    assert list(groups.features["win_rate"]) == ["harmless"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["config.yaml", "--max_train_samples", "0"], "max_train_samples=0 must be at least 1"),
         ([], "model_name_or_path is not set"),
         (["--model_name_or_path", "model"], "dataset is not set"),
         (["pairs.jsonl"], "takes a .yaml file"),
