@@ -138,7 +138,17 @@ def test_a_subset_and_a_name_for_unlabelled_pairs(setup):
     rows = [{"prompt": f"{i}?", "chosen": "Yes, sir.", "rejected": "No."} for i in range(6)]
     Path("bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script, config = parse_arguments(
-        "config.yaml --dataset bare.jsonl --preferred harmless --max_train_samples 2 --eval_fraction 0.5".split()
+        [
+            "config.yaml",
+            "--dataset",
+            "bare.jsonl",
+            "--preferred",
+            "harmless",
+            "--max_train_samples",
+            "2",
+            "--eval_fraction",
+            "0.5",
+        ]
     )
     groups, held_out = load_groups(script, config)
     assert (len(groups), len(held_out)) == (2, 3)
