@@ -137,19 +137,8 @@ def test_scorers_add_objectives_and_are_not_applied_twice(setup):
 def test_a_subset_and_a_name_for_unlabelled_pairs(setup):
     rows = [{"prompt": f"{i}?", "chosen": "Yes, sir.", "rejected": "No."} for i in range(6)]
     Path("bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script, config = parse_arguments(
-        [
-            "config.yaml",
-            "--dataset",
-            "bare.jsonl",
-            "--preferred",
-            "harmless",
-            "--max_train_samples",
-            "2",
-            "--eval_fraction",
-            "0.5",
-        ]
-    )
+    options = {"dataset": "bare.jsonl", "preferred": "harmless", "max_train_samples": "2", "eval_fraction": "0.5"}
+    script, config = parse_arguments(["config.yaml", *(f"--{name}={value}" for name, value in options.items())])
     groups, held_out = load_groups(script, config)
     assert (len(groups), len(held_out)) == (2, 3)
     assert list(groups.features["win_rate"]) == ["harmless"]
