@@ -22,15 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mopo_kernels import InfeasibleThresholds
-from mopo_kernels.dual import (
-    GroupedLabels,
-    attainable_range,
-    auto_eps,
-    full_thresholds,
-    group_labels,
-    solve_grouped,
-)
-from mopo_kernels.objective import check_eps, check_tau
+from mopo_kernels.checks import check_eps, check_tau
+from mopo_kernels.dual import attainable_range, auto_eps, full_thresholds, solve_grouped
+from mopo_kernels.grouped_labels import GroupedLabels, group_labels
 from mopo_trainer import data, plots
 from mopo_trainer.files import write_json
 from mopo_trainer.scorers import load_scorers
