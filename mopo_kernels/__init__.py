@@ -1,16 +1,17 @@
 """Fused, memory-flat operations for multi-objective preference optimisation (MOPO, arXiv 2505.10892)."""
 
-from mopo_kernels.dual import DualSolution, InfeasibleThresholds, MOPODual, barrier_multipliers, solve_dual
+from mopo_kernels.dual import DualSolution, InfeasibleThresholds, solve_dual
 from mopo_kernels.logprob import linear_logprob, sequence_logprob, token_logprob
 from mopo_kernels.loss import mopo_loss
+from mopo_kernels.multipliers import MOPODual, barrier_multipliers
 from mopo_kernels.objective import (
     MOPOOutput,
     mopo_objective,
     mopo_weights,
-    robust_bound,
     win_rate_from_comparisons,
     win_rate_from_pairs,
 )
+from mopo_kernels.robust import robust_bound
 from mopo_kernels.tabular import TabularSolution, solve_tabular
 
 __all__ = [

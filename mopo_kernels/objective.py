@@ -16,17 +16,27 @@ objective's averages. Where a group is labelled for some responses only, the oth
 averages alike, so that win rates remain the derivatives of the dual that `solve_dual` minimises (our choice).
 
 Source: Agnihotri et al., Multi-Objective Preference Optimization, arXiv 2505.10892: Eq. 3 (scores and ratio), Eq. 7
-(clone), the KL-ball bound and Algorithm 1. `contrast` and `regress` are ours.
+(clone), and Algorithm 1. `contrast` and `regress` are ours.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from mopo_kernels.checks import (
+    check_choice,
+    check_eps,
+    check_group_ids,
+    check_group_sizes,
+    check_lag,
+    check_probabilities,
+    check_tau,
+)
+from mopo_kernels.robust import bound_and_chi
 
 Normalize = Literal["group", "none"]
 PolicyStep = Literal["clone", "contrast", "regress"]
@@ -201,136 +211,9 @@ def mopo_weights(
     required to sum to one. Raises ValueError for malformed labels, groups, multipliers or tau. Source: paper, Eq. 3.
     """
     check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
-    _check_choice("normalize", normalize, get_args(Normalize))
+    check_choice("normalize", normalize, get_args(Normalize))
     target = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
     return target.weights.to(win_rate.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- robust bound
-
-
-def robust_bound(
-    values: Tensor,  # [..., M]
-    ref_weights: Tensor,  # [..., M] >= 0, summing to 1 over the last dimension
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # [...], [...]
-    """The smallest mean of `values` over the KL ball of radius eps around `ref_weights`, and its temperature chi.
-
-        LB = min {E_q[values] : KL(q || ref_weights) <= eps} = max_{chi > 0} -chi log E[exp(-values / chi)] - chi eps
-
-    chi is inf at eps = 0 (the plain mean) and 0 where the ball reaches the smallest value. The bound is differentiable
-    (once) in both tensors; chi is not.
-
-    The paper's eps = 0.15 is wide: on hard-labelled pairs it costs 0.27 of a win rate of 0.5 at rho = 1, while the
-    ratchet's beta = 0.9995 leaves a slack of 2.5e-4, so thresholds are violated from the start. `auto_eps` finds the
-    radius that matches the ratchet.
-
-    Raises ValueError for eps < 0 and for weights that are not a distribution. Source: paper, the KL-ball lower bound.
-    """
-    check_eps(eps)
-    _check_distribution(values, ref_weights)
-    bound, chi = bound_and_chi(values.double(), ref_weights.double(), float(eps))
-    return bound.to(values.dtype), chi.to(values.dtype)
-
-
-def bound_and_chi(values: Tensor, ref_weights: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`robust_bound` of validated float64 tensors."""
-    if eps == 0:
-        mean = (values * ref_weights).sum(-1)
-        return mean, torch.full_like(mean, math.inf)
-    chi = torch.ops.mopo_kernels.solve_chi(values.detach(), ref_weights.detach(), eps)
-    lowest = _support_min(values, ref_weights)
-    bound = bound_at(values, ref_weights, torch.where(chi > 0, chi, 1), eps)
-    return torch.where(chi > 0, bound, lowest), chi
-
-
-def bound_at(values: Tensor, ref_weights: Tensor, chi: Tensor, eps: float) -> Tensor:
-    """-chi log E[exp(-values / chi)] - chi eps, a lower bound at any chi[...] > 0."""
-    lowest = _support_min(values, ref_weights)
-    excess = (values - lowest[..., None]).clamp(min=0)
-    log_mean = (ref_weights * (-excess / chi[..., None]).exp()).sum(-1).log()
-    return lowest - chi * (log_mean + eps)
-
-
-def tilt(values: Tensor, ref_weights: Tensor, inverse_chi: Tensor) -> tuple[Tensor, Tensor]:
-    """The tilted distribution q ~ ref_weights exp(-values / chi): q[..., M] and KL(q || ref_weights)[...]."""
-    lowest = _support_min(values, ref_weights)
-    exponent = -inverse_chi[..., None] * (values - lowest[..., None]).clamp(min=0)
-    unnormalised = ref_weights * exponent.exp()
-    mass = unnormalised.sum(-1)
-    q = unnormalised / mass[..., None]
-    return q, (q * exponent).sum(-1) - mass.log()
-
-
-def _solve_chi(values: Tensor, ref_weights: Tensor, eps: float) -> Tensor:
-    """chi[...] with KL(q_chi || ref_weights) = eps, or 0 where no tilt is that far.
-
-    KL grows with t = 1/chi from 0 to -log(mass of the smallest value), and sqrt(KL) is nearly linear in t at first.
-    """
-    lowest = _support_min(values, ref_weights)[..., None]
-    excess = torch.where(ref_weights > 0, values - lowest, 0)
-    scale = excess.amax(-1)
-    excess /= torch.where(scale > 0, scale, 1)[..., None]
-    reaches_lowest = (scale == 0) | (torch.where(excess == 0, ref_weights, 0).sum(-1).log() >= -eps)
-
-    def excess_radius(t: Tensor) -> tuple[Tensor, Tensor]:
-        tilted = (excess * -t[..., None]).exp_().mul_(ref_weights)  # in place: there may be millions of values
-        mass = tilted.sum(-1)
-        mean = tilted.mul_(excess).sum(-1) / mass
-        variance = torch.linalg.vecdot(tilted, excess) / mass - mean**2
-        root = (-t * mean - mass.log()).clamp(min=0).sqrt()
-        return root - math.sqrt(eps), t * variance / (2 * root)
-
-    _, variance = mean_and_variance(excess, ref_weights)
-    start = (2 * eps / variance.clamp(min=1e-30)).sqrt()
-    t = increasing_root(excess_radius, start, tolerance=CHI_TOLERANCE * max(math.sqrt(eps), 1e-5), skip=reaches_lowest)
-    return torch.where(reaches_lowest, 0, scale / t)
-
-
-# An op, so that torch.compile need not unroll an iteration whose length depends on data.
-_library = torch.library.Library("mopo_kernels", "FRAGMENT")
-_library.define("solve_chi(Tensor values, Tensor ref_weights, float eps) -> Tensor")
-_library.impl("solve_chi", _solve_chi, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("mopo_kernels::solve_chi", lib=_library)
-def _(values: Tensor, ref_weights: Tensor, eps: float) -> Tensor:
-    return values.new_empty(values.shape[:-1])
-
-
-CHI_TOLERANCE = 1e-10  # of sqrt(eps), relative; the bound's own error is of second order in it
-MAX_ROOT_STEPS = 200  # a dozen in practice; doubling and bisection alone need fewer than this
-
-
-def increasing_root(
-    function: Callable[[Tensor], tuple[Tensor, Tensor]],  # t[...] > 0 to value[...] and slope[...]
-    start: Tensor,  # [...]
-    *,
-    tolerance: float,
-    skip: Tensor,  # [...] bool, where there is no root to find
-) -> Tensor:  # [...]
-    """Roots on (0, inf) of increasing functions: Newton, and doubling or bisection where a step leaves the bracket."""
-    t, low, high, done = start, torch.zeros_like(start), torch.full_like(start, math.inf), skip
-    for _ in range(MAX_ROOT_STEPS):
-        value, slope = function(t)
-        low, high = torch.where(value < 0, t, low), torch.where(value < 0, high, t)
-        done = done | (value.abs() <= tolerance) | (high - low <= 1e-15 * low)
-        if done.all():
-            break
-        newton = t - value / slope
-        middle = torch.where(high.isinf(), 2 * t, (low + high) / 2)
-        t = torch.where(done, t, torch.where((newton > low) & (newton < high), newton, middle))
-    return t
-
-
-def mean_and_variance(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of values[..., M] under weights[..., M] that sum to 1."""
-    mean = (weights * values).sum(-1)
-    return mean, (weights * (values - mean[..., None]) ** 2).sum(-1)
-
-
-def _support_min(values: Tensor, ref_weights: Tensor) -> Tensor:
-    return torch.where(ref_weights > 0, values, math.inf).amin(-1)
 
 
 def target_bounds(target: TargetPolicy, eps: float) -> tuple[Tensor, Tensor]:  # [K], [K]
@@ -379,8 +262,8 @@ def mopo_objective(
     check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
     check_eps(eps)
     check_primary(multipliers, primary)
-    _check_choice("normalize", normalize, get_args(Normalize))
-    _check_choice("policy_step", policy_step, get_args(PolicyStep))
+    check_choice("normalize", normalize, get_args(Normalize))
+    check_choice("policy_step", policy_step, get_args(PolicyStep))
     _check_logp(logp, ref_logp, kept, policy_step, win_rate.shape[0])
 
     target = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
@@ -415,7 +298,7 @@ def _policy_loss(
     if policy_step == "clone":
         if kept is None:
             return -groups.mean_of_sums(weights * logp), nothing_dropped
-        loss = -groups.mean_of_sums(torch.where(kept, weights * torch.where(kept, logp, 0), 0))
+        loss = -groups.mean_of_sums(torch.where(kept, weights * logp, 0))
         return loss, groups.mean_of_sums(torch.where(kept, 0, weights))
 
     assert ref_logp is not None
@@ -430,60 +313,6 @@ def _policy_loss(
 
 
 # --------------------------------------------------------------------------------------------------------- validators
-# One per concept. Values of tensors are looked at in eager mode only: torch.compile has none.
-
-
-def check_probabilities(name: str, x: Tensor) -> None:
-    if x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor [rows, objectives]; got {x.dtype} {tuple(x.shape)}")
-    if torch.compiler.is_compiling():
-        return
-    wrong = (x < 0) | (x > 1)
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} must lie in [0, 1], or be NaN where unlabelled; got {x[row, column].item():g} "
-            f"in row {row}, objective {column}"
-        )
-
-
-def check_group_ids(group: Tensor, num_responses: int) -> None:
-    if group.shape != (num_responses,) or group.dtype != torch.int64 or num_responses == 0:
-        raise ValueError(
-            f"group must be an int64 tensor with one id for each of the {num_responses} (at least 2) responses; "
-            f"got {group.dtype} {tuple(group.shape)}"
-        )
-
-
-def check_group_sizes(group: Tensor, size: Tensor) -> None:
-    alone = size < 2
-    if alone.any():
-        raise ValueError(
-            f"group {group[alone][0].item()} has one response: a preference needs two; "
-            "drop the prompt or add a response"
-        )
-
-
-def check_lag(lag_log_ratio: Tensor | None, num_responses: int) -> None:
-    if lag_log_ratio is None:
-        return
-    if lag_log_ratio.shape != (num_responses,):
-        raise ValueError(
-            f"lag_log_ratio must have one entry for each of the {num_responses} responses; "
-            f"got {tuple(lag_log_ratio.shape)}"
-        )
-    if not torch.compiler.is_compiling() and not lag_log_ratio.isfinite().all():
-        raise ValueError("lag_log_ratio must be finite: clip it where a log-probability is -inf or NaN")
-
-
-def check_tau(tau: float) -> None:
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau must be a positive number; got {tau}")
-
-
-def check_eps(eps: float) -> None:
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a number >= 0 (0 switches the robust bound off); got {eps}")
 
 
 def check_primary(multipliers: Tensor, primary: int) -> None:
@@ -541,21 +370,6 @@ def _check_comparisons(first: Tensor, second: Tensor, preference: Tensor, num_re
             )
 
 
-def _check_distribution(values: Tensor, ref_weights: Tensor) -> None:
-    if values.shape != ref_weights.shape or values.dim() == 0 or not values.is_floating_point():
-        raise ValueError(
-            f"values and ref_weights must be floating-point tensors of one shape [..., M]; "
-            f"got {tuple(values.shape)} and {tuple(ref_weights.shape)}"
-        )
-    if torch.compiler.is_compiling():
-        return
-    if not values.isfinite().all():
-        raise ValueError("values must be finite")
-    total = ref_weights.double().sum(-1)
-    if (ref_weights < 0).any() or not torch.allclose(total, torch.ones_like(total), atol=1e-3):
-        raise ValueError("ref_weights must be >= 0 and sum to 1 over the last dimension: divide them by their sum")
-
-
 def check_ref_logp(ref_logp: Tensor | None, policy_step: PolicyStep, num_responses: int) -> None:
     if policy_step != "clone" and ref_logp is None:
         raise ValueError(f"policy_step={policy_step!r} needs ref_logp, the reference policy's log-probabilities")
@@ -588,8 +402,3 @@ def _check_logp(
                 f"{name} of response {row} is {x[row].item()}: the policy's hidden states or logits are not finite, "
                 "or the response is empty"
             )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

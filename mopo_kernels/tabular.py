@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mopo_kernels.dual import Bucket, GroupedLabels, full_thresholds, solve_grouped
-from mopo_kernels.objective import check_tau
+from mopo_kernels.checks import check_tau
+from mopo_kernels.dual import full_thresholds, solve_grouped
+from mopo_kernels.grouped_labels import Bucket, GroupedLabels
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         return _run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if debug:
             raise
         print(f"mopo: error: {_one_line(error)}", file=sys.stderr)
@@ -166,7 +166,7 @@ def _add_solve(commands: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="label data (see below)")
     _add_label_options(parser)
     parser.add_argument("--points", type=_points, default=21, metavar="N", help="points per sweep (default 21)")
-    _add_output(parser, "mopo-solve", "solve.json and solve.png")
+    _add_output(parser, "runs/solve", "solve.json and solve.png")
 
 
 def _add_pareto(commands: Any) -> None:
@@ -182,7 +182,7 @@ def _add_pareto(commands: Any) -> None:
     parser.add_argument("--example", default="conflict", metavar="NAME", help="built-in problem: conflict or cycle")
     _add_label_options(parser)
     parser.add_argument("--points", type=_points, default=25, metavar="N", help="points per sweep (default 25)")
-    _add_output(parser, "mopo-pareto", "pareto.json and pareto.png")
+    _add_output(parser, "runs/pareto", "pareto.json and pareto.png")
 
 
 def _add_demo(commands: Any) -> None:
@@ -197,7 +197,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run")
     parser.add_argument("--tiny", action="store_true", help="a random tiny model, seconds")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
-    _add_output(parser, "mopo-demo", "tables, figures and texts")
+    _add_output(parser, "runs/demo", "tables, figures and texts")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -240,6 +240,12 @@ def _add_label_options(parser: Parser) -> None:
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
     parser.add_argument("--adapter", metavar="NAME", help="read FILE as this public data set instead of guessing")
+    parser.add_argument(
+        "--preferred",
+        default="preferred",
+        metavar="NAME",
+        help="name of the objective that chosen wins in rows without preference (default preferred)",
+    )
 
 
 def _add_output(parser: Parser, default: str, what: str) -> None:
@@ -309,6 +315,7 @@ def _label_problem(args: argparse.Namespace) -> Any:
         scorers=args.scorer,
         rating_scale=args.rating_scale,
         adapter=args.adapter,
+        preferred=args.preferred,
         tau=0.08 if args.tau is None else args.tau,
         eps=args.eps,
     )

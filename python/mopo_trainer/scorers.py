@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, cast
 
-import textstat
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from mopo_trainer.sources import DataError, one_line
@@ -36,6 +35,8 @@ def plain_language(prompt: str, response: str) -> float:
 
     4.71 letters/word + 0.5 words/sentence - 21.43. Not Flesch: textstat downloads a dictionary to count syllables.
     """
+    import textstat  # loads scipy.stats and nltk: a third of the start-up of `mopo solve`, for this scorer only
+
     return -textstat.automated_readability_index(response)
 
 

@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mopo_kernels import InfeasibleThresholds, solve_dual
-from mopo_kernels.dual import attainable_range, auto_eps
+from mopo_kernels import InfeasibleThresholds
+from mopo_kernels.checks import check_eps, check_tau
+from mopo_kernels.dual import attainable_range, auto_eps, full_thresholds, solve_grouped
+from mopo_kernels.grouped_labels import GroupedLabels, group_labels
 from mopo_trainer import data, plots
 from mopo_trainer.files import write_json
 from mopo_trainer.scorers import load_scorers
@@ -133,17 +135,22 @@ class LabelProblem(Problem):
             f"primary {self.primary}, τ = {self.tau:g}{radius}"
         )
 
+    @cached_property
+    def _grouped(self) -> GroupedLabels:
+        return group_labels(self.win_rate, self.group, None)
+
     @property
     def reference(self) -> Tensor:
-        no_bounds = [-math.inf] * len(self.secondaries)
-        return solve_dual(self.win_rate, self.group, no_bounds, tau=1e9).win_rates  # π* tends to π_ref as tau grows
+        free = torch.full((len(self.objectives),), -math.inf, dtype=torch.float64)
+        return solve_grouped(self._grouped, free, tau=1e9, eps=0.0, primary=0).win_rates  # π* tends to π_ref as τ grows
 
     @cached_property
     def best_alone(self) -> Tensor:
         return attainable_range(self.win_rate, self.group, tau=self.tau, eps=self.eps)[1]
 
     def solve_bounds(self, bounds: Tensor) -> Solution:
-        found = solve_dual(self.win_rate, self.group, bounds, tau=self.tau, eps=self.eps)
+        thresholds = full_thresholds(bounds, len(self.objectives), primary=0)
+        found = solve_grouped(self._grouped, thresholds, tau=self.tau, eps=self.eps, primary=0)
         return Solution(found.multipliers, found.win_rates, found.lower_bounds)
 
 
@@ -156,6 +163,7 @@ def load_problem(
     scorers: Sequence[str] = (),
     rating_scale: float | None = None,
     adapter: str | None = None,
+    preferred: str = "preferred",
     tau: float = 0.08,
     eps: float | Literal["auto"] = 0.0,
 ) -> LabelProblem:
@@ -168,10 +176,15 @@ def load_problem(
 
     Raises:
         DataError: data that cannot be read.
-        ValueError: a primary or an objective that the data does not carry.
+        ValueError: tau or eps out of range, a primary or an objective that the data does not carry.
     """
+    check_tau(tau)
+    if eps != "auto":
+        check_eps(eps)
     rows = data.load_rows(source, split=split)
-    groups = data.to_groups(rows, scorers=load_scorers(scorers), rating_scale=rating_scale, adapter=adapter)
+    groups = data.to_groups(
+        rows, scorers=load_scorers(scorers), rating_scale=rating_scale, adapter=adapter, preferred=preferred
+    )
     names = data.objectives(groups)
     for wanted in filter(None, (primary, *objectives)):
         if wanted not in names:
@@ -302,7 +315,7 @@ def objectives_table(rows: Sequence[Mapping[str, Any]], num_groups: int) -> Tabl
     """`objective_rows` as a table; the primary stands first, in bold."""
     partly = any(row["labelled_groups"] < num_groups for row in rows)
     constrained = any(row["threshold"] is not None for row in rows)
-    robust = constrained and any(row["lower_bound"] != row["win_rate"] for row in rows)
+    robust = constrained and any(row["win_rate"] - row["lower_bound"] > 1e-6 for row in rows)
     headings = ["groups"] * partly + ["corr.", "free", "best"]
     headings += ["threshold", "gets", *["bound"] * robust, "multiplier", "cost"] * constrained
     table = new_table("Win rates of the ideal policy", "objective", *headings)

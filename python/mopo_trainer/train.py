@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from mopo_kernels.dual import auto_eps
 from mopo_trainer import data, plots
 from mopo_trainer.checkpoint import resolve_checkpoint
 from mopo_trainer.config import MOPOConfig
@@ -88,6 +89,12 @@ class ScriptArguments:
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Share of the groups of `dataset` to hold out, if there is no eval_dataset."}
     )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first so many groups only (a reference pass scores them all)."}
+    )
+    preferred: str = field(
+        default="preferred", metadata={"help": "Name of the objective that `chosen` wins in rows without `preference`."}
+    )
     adapter: str | None = field(
         default=None, metadata={"help": "Read `dataset` as this public data set instead of recognising its columns."}
     )
@@ -110,6 +117,8 @@ class ScriptArguments:
             raise ValueError(f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
         if self.eval_fraction and self.eval_dataset:
             raise ValueError("eval_fraction and eval_dataset are both set; choose one")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"max_train_samples={self.max_train_samples} must be at least 1")
         if self.lora_r < 0:
             raise ValueError(f"lora_r={self.lora_r} must be 0 (no adapter) or a rank")
 
@@ -268,13 +277,21 @@ def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, D
     def read(source: str, split: str) -> Dataset:
         rows = data.load_rows(source, split=split, name=script.dataset_name)
         scorers = load_scorers(config.scorers or [])
-        return data.to_groups(rows, scorers=scorers, rating_scale=config.rating_scale, adapter=script.adapter)
+        return data.to_groups(
+            rows,
+            scorers=scorers,
+            rating_scale=config.rating_scale,
+            adapter=script.adapter,
+            preferred=script.preferred,
+        )
 
     groups, held_out = read(script.dataset or "", script.dataset_split), None
     if script.eval_dataset:
         held_out = read(script.eval_dataset, script.eval_split)
     elif script.eval_fraction:
         groups, held_out = data.split_groups(groups, script.eval_fraction, config.data_seed or config.seed)
+    if script.max_train_samples is not None:
+        groups = groups.select(range(min(script.max_train_samples, len(groups))))
     config.scorers = None
     return groups, held_out
 
@@ -287,8 +304,11 @@ def print_plan(source: str, groups: Dataset, config: MOPOConfig, console: Consol
     if config.primary not in names:
         raise ValueError(f"primary {config.primary!r} is not in the data; it has {', '.join(names)}")
     order = (config.primary, *(name for name in names if name != config.primary))
+    win_rate, group = data.labels(groups, order)
     radius = config.robust_radius()
-    problem = LabelProblem(source, order, *data.labels(groups, order), config.tau, 0.0 if radius == "auto" else radius)
+    if radius == "auto":
+        radius = auto_eps(win_rate, group, beta=config.ratchet_beta)
+    problem = LabelProblem(source, order, win_rate, group, config.tau, radius)
     rows = objective_rows(problem, config.threshold_map())
     console.print(problem.headline, style="bold", soft_wrap=True)
     console.print(objectives_table(rows, len(groups)))

@@ -186,7 +186,10 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     ("arguments", "unwanted"),
     [
         ([], ["torch", "datasets", "matplotlib"]),
-        (["solve", str(SUMMEVAL), "--threshold", "relevance=0.9", "--output", "OUT"], ["transformers", "peft"]),
+        (
+            ["solve", str(SUMMEVAL), "--threshold", "relevance=0.9", "--output", "OUT", "--points", "2"],
+            ["transformers", "peft", "textstat"],
+        ),
     ],
 )
 def test_start_up_imports_only_what_the_command_needs(tmp_path, arguments, unwanted):

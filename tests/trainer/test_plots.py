@@ -35,7 +35,16 @@ def test_front_of_four_objectives_has_a_panel_per_pair_and_one_legend():
     assert [(ax.get_xlabel()[-1], ax.get_ylabel()[-1]) for ax in fig.axes] == [
         ("a", "b"), ("a", "c"), ("a", "d"), ("b", "c"), ("b", "d"), ("c", "d"),
     ]  # fmt: skip
-    assert sorted(legend(fig)) == ["front", "mine", "other solutions", "single response"]
+    assert sorted(legend(fig)) == ["front", "front as τ → 0", "mine", "other solutions", "single response"]
+
+
+def test_mixtures_of_single_responses_bound_the_front():
+    """The upper right of the convex hull: (0.4, 0.5) lies below the segment, (0.1, 0.2) is dominated."""
+    candidates = [[0.1, 0.9], [0.4, 0.5], [0.6, 0.6], [0.1, 0.2], [0.9, 0.0]]
+    fig = plot_front([[0.5, 0.5]], ["a", "b"], candidates=candidates, candidate_names=["first"])
+    (ax,) = fig.axes
+    assert drawn(ax)["front as τ → 0"].tolist() == [[0.1, 0.9], [0.6, 0.6], [0.9, 0.0]]
+    assert [text.get_text() for text in ax.texts] == ["first"]
 
 
 def test_costs_show_each_secondary_and_the_choice():
