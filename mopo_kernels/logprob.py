@@ -1,17 +1,19 @@
 """Log-probabilities of target tokens from hidden states and an LM head, or from logits.
 
 The three functions here validate, flatten leading dimensions and hand over to the backend that
-`mopo_kernels.backends` chooses.
+`mopo_kernels.backends` chooses: `reference`, or the tile engine (head_ops.py) with that backend's fold kernels.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends
+from mopo_kernels import backends, head_ops, token_ops
+from mopo_kernels.backends import reference
 
 
 def linear_logprob(
@@ -53,12 +55,17 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a target out of range; NaN hidden states or weights.
     """
-    _check_linear(hidden, weight, target, bias)
-    _check_scales(temperature, softcap, logit_scale)
-    _check_target(target, weight.shape[0], ignore_index)
-    if workspace_bytes is not None and workspace_bytes <= 0:
-        raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
-    run = backends.implementation("linear_logprob", hidden, backend)
+    check_linear(
+        *(hidden, weight, target, bias),
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+    )
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    name = backends.choose("linear_logprob", hidden.device.type, backend).backend
+    run = reference.linear_logprob if name == "reference" else partial(head_ops.run_linear_logprob, backend=name)
     logp = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -68,10 +75,10 @@ def linear_logprob(
         softcap=softcap,
         logit_scale=float(logit_scale),
         ignore_index=ignore_index,
-        grad_filter=_filter_threshold(grad_filter, weight.dtype),
+        grad_filter=filter_threshold(grad_filter, weight.dtype),
         workspace_bytes=workspace_bytes,
     )
-    _check_result(logp, hidden=hidden, weight=weight, bias=bias)
+    check_result(logp, hidden=hidden, weight=weight, bias=bias)
     return logp.reshape(target.shape)
 
 
@@ -103,7 +110,8 @@ def token_logprob(
     _check_floating(logits=logits)
     _check_scales(temperature, softcap)
     _check_target(target, logits.shape[-1], ignore_index)
-    run = backends.implementation("token_logprob", logits, backend)
+    name = backends.choose("token_logprob", logits.device.type, backend).backend
+    run = reference.token_logprob if name == "reference" else partial(token_ops.run_token_logprob, backend=name)
     logp = run(
         logits.reshape(-1, logits.shape[-1]),
         target.reshape(-1),
@@ -111,7 +119,7 @@ def token_logprob(
         softcap=softcap,
         ignore_index=ignore_index,
     )
-    _check_result(logp, logits=logits)
+    check_result(logp, logits=logits)
     return logp.reshape(target.shape)
 
 
@@ -160,6 +168,26 @@ def sequence_logprob(
     return logp / (target != ignore_index).sum(-1).clamp(min=1) if average else logp
 
 
+def check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    workspace_bytes: int | None,
+) -> None:
+    """Raise unless these are arguments of `linear_logprob`."""
+    _check_tensors(hidden, weight, target, bias)
+    _check_scales(temperature, softcap, logit_scale)
+    _check_target(target, weight.shape[0], ignore_index)
+    if workspace_bytes is not None and workspace_bytes <= 0:
+        raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
+
+
 def check_sequences(hidden: Tensor, target: Tensor) -> None:
     """Raise unless hidden is [B, L, H] and target [B, L]."""
     if hidden.ndim != 3 or target.ndim != 2:
@@ -169,7 +197,20 @@ def check_sequences(hidden: Tensor, target: Tensor) -> None:
         )
 
 
-def _filter_threshold(grad_filter: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs as torch.autocast would hand them to a linear layer."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def filter_threshold(grad_filter: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:
     """The probability below which a block may be skipped; "auto" is what the dtype's gradient cannot resolve."""
     if grad_filter == "auto":
         return torch.finfo(dtype).eps / 32
@@ -184,7 +225,7 @@ def _check_floating(**tensors: Tensor) -> None:
             raise ValueError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+def _check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     _check_floating(hidden=hidden, weight=weight)
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit: [*, H] and [V, H]")
@@ -219,7 +260,7 @@ def _check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def _check_result(logp: Tensor, **inputs: Tensor | None) -> None:
+def check_result(logp: Tensor, **inputs: Tensor | None) -> None:
     """A NaN log-probability of a counted row can only come from a NaN or infinite input: name the input."""
     if torch.compiler.is_compiling() or not logp.detach().isnan().any():
         return

@@ -7,13 +7,23 @@ loss        clone, contrast or regress               (mopo_objective)
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mopo_kernels import backends
+from mopo_kernels.fused_loss import PolicyTarget, fused_policy_loss
 from mopo_kernels.logprob import check_sequences, sequence_logprob
-from mopo_kernels.objective import MOPOOutput, PolicyStep, mopo_objective, mopo_weights
+from mopo_kernels.objective import (
+    MOPOOutput,
+    PolicyStep,
+    check_ref_logp,
+    mopo_objective,
+    mopo_weights,
+    target_policy,
+)
 
 
 def mopo_loss(
@@ -76,7 +86,8 @@ def mopo_loss(
             as in `linear_logprob`.
 
     Returns:
-        MOPOOutput; `loss` is differentiable in hidden, weight and bias.
+        MOPOOutput; `loss` is differentiable in hidden, weight and bias, nothing else is. A backend with a tile engine
+        forms the gradients in the forward already, scaled in the backward.
 
     Raises:
         ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit.
@@ -84,37 +95,55 @@ def mopo_loss(
     check_sequences(hidden, target)
     batch = win_rate.shape[0]
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
+    check_ref_logp(ref_logp, policy_step, batch)
+    weights = mopo_weights(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
     kept = None
     if policy_step == "clone":
-        weights = mopo_weights(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
         kept = weights > min_weight
         if index is not None:
             kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
         here = kept if index is None else kept[index]
         target = target.masked_fill(~here.unsqueeze(-1), ignore_index)
-    logp = sequence_logprob(
-        hidden,
-        weight,
-        target,
-        average=average,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        grad_filter=grad_filter,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
+
+    linearised = None
+    name = backends.choose("linear_logprob", hidden.device.type, backend).backend
+    differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if name != "reference" and torch.is_grad_enabled() and differentiable:
+        labels = PolicyTarget.of(
+            target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize),
+            *(policy_step, tau, ref_logp),
+        )
+        linearised, logp = fused_policy_loss(
+            *(hidden, weight, target, labels if index is None else labels.take(index), policy_step),
+            average=average,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            workspace_bytes=workspace_bytes,
+            backend=name,
+        )
+    else:
+        logp = sequence_logprob(
+            *(hidden, weight, target),
+            average=average,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            grad_filter=grad_filter,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
     if index is not None:
         logp = logp.new_zeros(batch).index_copy(0, index, logp)
     if kept is not None:
         logp = logp.masked_fill(~kept, torch.nan)
-    return mopo_objective(
-        logp,
-        win_rate,
-        group,
-        multipliers,
+    output = mopo_objective(
+        *(logp, win_rate, group, multipliers),
         tau=tau,
         eps=eps,
         ref_logp=ref_logp,
@@ -124,6 +153,8 @@ def mopo_loss(
         normalize=normalize,
         kept=kept,
     )
+    loss = output.loss if linearised is None else output.loss + (linearised - linearised.detach())
+    return replace(output, loss=loss, logp=output.logp.detach())
 
 
 def _check_index(index: Tensor | None, *, sequences: int, batch: int, policy_step: str) -> None:

@@ -370,16 +370,24 @@ def _check_comparisons(first: Tensor, second: Tensor, preference: Tensor, num_re
             )
 
 
+def check_ref_logp(ref_logp: Tensor | None, policy_step: PolicyStep, num_responses: int) -> None:
+    if policy_step != "clone" and ref_logp is None:
+        raise ValueError(f"policy_step={policy_step!r} needs ref_logp, the reference policy's log-probabilities")
+    if ref_logp is not None and ref_logp.shape != (num_responses,):
+        raise ValueError(
+            f"ref_logp must have one entry for each of the {num_responses} responses; got {tuple(ref_logp.shape)}"
+        )
+
+
 def _check_logp(
     logp: Tensor, ref_logp: Tensor | None, kept: Tensor | None, policy_step: PolicyStep, num_responses: int
 ) -> None:
-    for name, x in (("logp", logp), ("ref_logp", ref_logp), ("kept", kept)):
+    for name, x in (("logp", logp), ("kept", kept)):
         if x is not None and x.shape != (num_responses,):
             raise ValueError(
                 f"{name} must have one entry for each of the {num_responses} responses; got {tuple(x.shape)}"
             )
-    if policy_step != "clone" and ref_logp is None:
-        raise ValueError(f"policy_step={policy_step!r} needs ref_logp, the reference policy's log-probabilities")
+    check_ref_logp(ref_logp, policy_step, num_responses)
     if policy_step != "clone" and kept is not None:
         raise ValueError(f"policy_step={policy_step!r} needs every response's logp: kept works with 'clone' only")
     if torch.compiler.is_compiling():

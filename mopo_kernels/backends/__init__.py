@@ -1,26 +1,26 @@
 """Backends and the one table that chooses among them: (op, device type) → backends in order of preference.
 
-Every backend module implements an op with the signature that `reference` gives it. `backend=` or the environment
-variable MOPO_BACKEND overrides the table; a name that cannot run the op on that device is an error, never a fallback.
+`reference` computes whole ops; every other backend implements the fold contract (fold.py) and the tile engine does the
+rest. `backend=` or the environment variable MOPO_BACKEND overrides the table; a name that cannot run the op on that
+device is an error, never a fallback. A backend that could not be built is passed over, and `describe` says why.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
 
-from mopo_kernels.backends import reference
+from mopo_kernels.backends import cpu, reference
+from mopo_kernels.backends.fold import Fold
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "linear_logprob": {"cpu": ("reference",), "cuda": ("reference",), "mps": ("reference",)},
-    "token_logprob": {"cpu": ("reference",), "cuda": ("reference",), "mps": ("reference",)},
+    "linear_logprob": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
+    "token_logprob": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
 }
 
 
@@ -39,19 +39,26 @@ def choose(op: str, device: str, backend: str | None = None) -> Choice:
     Raises:
         ValueError: `backend` (or MOPO_BACKEND) names a backend that does not exist or cannot run there.
     """
-    available = PREFERENCE[op].get(device, ("reference",))
+    names = PREFERENCE[op].get(device, ("reference",))
+    available = [name for name in names if not _unavailable(name)]
     for source, name in (("backend", backend), ("MOPO_BACKEND", os.environ.get("MOPO_BACKEND"))):
         if not name:
             continue
         if name not in available:
-            raise ValueError(f"{source}={name!r} cannot run {op} on {device}; choose one of {list(available)}")
+            why = f" ({_unavailable(name)})" if name in names else ""
+            raise ValueError(f"{source}={name!r} cannot run {op} on {device}{why}; choose one of {available}")
         return Choice(op, device, name, f"asked for by {source}")
     return Choice(op, device, available[0], "first available in the table of preference")
 
 
-def implementation(op: str, tensor: Tensor, backend: str | None) -> Callable[..., Tensor]:
-    """The function that computes `op` on the device of `tensor`."""
-    return getattr(BACKENDS[choose(op, tensor.device.type, backend).backend], op)
+def fold(backend: str) -> Fold:
+    """The module that implements the fold contract under this name."""
+    return cast(Fold, BACKENDS[backend])
+
+
+def _unavailable(backend: str) -> str:
+    """Why a backend cannot run here, or nothing."""
+    return cpu.UNAVAILABLE if backend == "cpu" else ""
 
 
 def describe() -> list[Choice]:
@@ -59,4 +66,12 @@ def describe() -> list[Choice]:
     devices = ["cpu"]
     devices += ["cuda"] if torch.cuda.is_available() else []
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    return [choose(op, device) for op in PREFERENCE for device in devices]
+    return [_explained(choose(op, device)) for op in PREFERENCE for device in devices]
+
+
+def _explained(choice: Choice) -> Choice:
+    """The choice with what it runs on, and with the backends passed over for it."""
+    details = f"; {cpu.instruction_set()} instructions" if choice.backend == "cpu" else ""
+    for name in PREFERENCE[choice.op].get(choice.device, ()):
+        details += f"; {name} is passed over: {_unavailable(name)}" if _unavailable(name) else ""
+    return choice._replace(reason=choice.reason + details)

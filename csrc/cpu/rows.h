@@ -1,0 +1,172 @@
+// Row kernels, written once over a vector type V and the tile's element type T. Each instruction set compiles this file
+// with its own flags, so everything here has internal linkage: the linker must never share code between sets.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "fold.h"
+#include "vec_portable.h"
+
+namespace mopo {
+namespace {
+
+constexpr int64_t CHUNK = 1024;  // columns whose z wait in the first-level cache between the maximum and the exp
+
+template <class V>
+struct LogitTransform {
+    using scalar = typename V::scalar;
+    using reg = typename V::reg;
+    const scalar* bias;
+    scalar inner, outer;
+    bool softcap;
+
+    LogitTransform(const void* bias, const Transform& t)
+        : bias(static_cast<const scalar*>(bias)),
+          inner(static_cast<scalar>(t.inner)),
+          outer(static_cast<scalar>(t.outer)),
+          softcap(t.softcap) {}
+
+    // inner * (logit + bias), the argument of tanh where there is a softcap; `column` is where x came from.
+    reg scaled(reg x, int64_t column) const { return scaled_by(x, bias ? V::load(bias + column) : V::set(0)); }
+    reg scaled(reg x, int64_t column, int count) const {
+        return scaled_by(x, bias ? V::load(bias + column, count, 0) : V::set(0));
+    }
+    reg z(reg scaled) const { return softcap ? V::mul(V::set(outer), V::tanh(scaled)) : scaled; }
+
+private:
+    reg scaled_by(reg x, reg offset) const { return V::mul(V::set(inner), V::add(x, offset)); }
+};
+
+// z of `count` <= CHUNK columns into `z`, filled up to whole vectors with -inf; returns the largest.
+template <class V, class T>
+inline typename V::scalar transform_chunk(const T* x, int64_t first, int count, const LogitTransform<V>& transform,
+                                          typename V::scalar* z) {
+    const auto lowest = V::set(-std::numeric_limits<typename V::scalar>::infinity());
+    auto largest = lowest;
+    int i = 0;
+    for (; i + V::width <= count; i += V::width) {
+        const auto y = transform.z(transform.scaled(V::load(x + first + i), first + i));
+        V::store(z + i, y);
+        largest = V::max(largest, y);
+    }
+    if (i < count) {
+        V::store(z + i, lowest);
+        V::store(z + i, transform.z(transform.scaled(V::load(x + first + i, count - i, 0), first + i, count - i)),
+                 count - i);
+        largest = V::max(largest, V::load(z + i));
+    }
+    return V::max(largest);
+}
+
+template <class V, class T>
+void statistics_row(const void* row, int64_t columns, const void* bias, const Transform& t, double* max, double* sum) {
+    using scalar = typename V::scalar;
+    const LogitTransform<V> transform(bias, t);
+    const double lowest = -std::numeric_limits<double>::infinity();
+    alignas(64) scalar z[CHUNK];
+    for (int64_t first = 0; first < columns; first += CHUNK) {
+        const int count = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
+        const double largest = transform_chunk<V>(static_cast<const T*>(row), first, count, transform, z);
+        if (largest > *max) {
+            if (*sum > 0) *sum *= PortableDouble::exp(*max - largest);
+            *max = largest;
+        }
+        // Where all are -inf so far, any finite shift gives the sum 0, and lets NaN through.
+        const auto shift = V::set(*max == lowest ? scalar(0) : static_cast<scalar>(*max));
+        auto total = V::set(0);
+        for (int i = 0; i < count; i += V::width) total = V::add(total, V::exp(V::sub(V::load(z + i), shift)));
+        *sum += V::sum(total);
+    }
+}
+
+template <class V, class T>
+double max_row(const void* row, int64_t columns, const void* bias, const Transform& t) {
+    const LogitTransform<V> transform(bias, t);
+    alignas(64) typename V::scalar z[CHUNK];
+    double largest = -std::numeric_limits<double>::infinity();
+    for (int64_t first = 0; first < columns; first += CHUNK) {
+        const int count = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
+        const double chunk = transform_chunk<V>(static_cast<const T*>(row), first, count, transform, z);
+        largest = chunk > largest ? chunk : largest;
+    }
+    return largest;
+}
+
+// lse in two parts: z - high is exact where z is near lse, so p does not feel the rounding of a large lse.
+template <class V>
+struct Shift {
+    typename V::reg high, low;
+    explicit Shift(double lse)
+        : high(V::set(static_cast<typename V::scalar>(lse))),
+          low(V::set(static_cast<typename V::scalar>(lse - static_cast<typename V::scalar>(lse)))) {}
+};
+
+// coefficient * dz/dlogit * (onehot - exp(z - lse)) of one vector.
+template <class V>
+inline typename V::reg gradient(typename V::reg scaled, typename V::reg onehot, const LogitTransform<V>& transform,
+                                typename V::reg factor, const Shift<V>& lse) {
+    auto slope = factor;
+    auto z = scaled;
+    if (transform.softcap) {
+        const auto tanh = V::tanh(scaled);
+        z = V::mul(V::set(transform.outer), tanh);
+        slope = V::mul(factor, V::sub(V::set(1), V::mul(tanh, tanh)));
+    }
+    return V::mul(slope, V::sub(onehot, V::exp(V::sub(V::sub(z, lse.high), lse.low))));
+}
+
+template <class V, class T>
+void gradient_row(const void* row, int64_t columns, const void* bias, const Transform& t, double lse,
+                  double coefficient, int64_t target, void* out) {
+    using scalar = typename V::scalar;
+    const auto* x = static_cast<const T*>(row);
+    auto* y = static_cast<T*>(out);
+    const LogitTransform<V> transform(bias, t);
+    const auto factor = V::set(static_cast<scalar>(coefficient * t.inner * (t.softcap ? t.outer : 1.0)));
+    const Shift<V> shift(lse);
+    const auto zero = V::set(0);
+    const bool has_target = target >= 0 && target < columns;
+    const auto at_target =
+        has_target ? gradient(transform.scaled(V::load(x + target, 1, 0), target, 1), V::set(1), transform, factor, shift)
+                   : zero;  // before x is overwritten
+    int64_t i = 0;
+    if (coefficient == 0) {
+        for (; i + V::width <= columns; i += V::width) V::store(y + i, zero);
+        if (i < columns) V::store(y + i, zero, static_cast<int>(columns - i));
+        return;
+    }
+    for (; i + V::width <= columns; i += V::width)
+        V::store(y + i, gradient(transform.scaled(V::load(x + i), i), zero, transform, factor, shift));
+    if (i < columns) {
+        const int count = static_cast<int>(columns - i);
+        V::store(y + i, gradient(transform.scaled(V::load(x + i, count, 0), i, count), zero, transform, factor, shift),
+                 count);
+    }
+    if (has_target) V::store(y + target, at_target, 1);
+}
+
+template <class V, typename V::reg (*f)(typename V::reg)>
+void map_row(const float* x, float* y, int64_t size) {
+    int64_t i = 0;
+    for (; i + V::width <= size; i += V::width) V::store(y + i, f(V::load(x + i)));
+    if (i < size) {
+        const int count = static_cast<int>(size - i);
+        V::store(y + i, f(V::load(x + i, count, 0)), count);
+    }
+}
+
+// The table of one instruction set; float64 tiles always take the portable kernels.
+template <class V, class D>
+constexpr RowKernels row_kernels() {
+    return {
+        {statistics_row<V, float>, statistics_row<V, bfloat16>, statistics_row<V, float16>, statistics_row<D, double>},
+        {gradient_row<V, float>, gradient_row<V, bfloat16>, gradient_row<V, float16>, gradient_row<D, double>},
+        {max_row<V, float>, max_row<V, bfloat16>, max_row<V, float16>, max_row<D, double>},
+        map_row<V, V::exp>,
+        map_row<V, V::tanh>,
+    };
+}
+
+}  // namespace
+}  // namespace mopo

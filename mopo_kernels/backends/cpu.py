@@ -1,0 +1,88 @@
+"""CPU backend: the fold contract (`fold.py`) in C++ (csrc/cpu), called with addresses, sizes and strides.
+
+The instruction set (AVX-512, AVX2 or portable code) is the best that the CPU has; the environment variable
+MOPO_CPU_ISA = avx512 | avx2 | portable asks for another one.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.backends.fold import Statistics, Transform
+
+try:
+    from mopo_kernels import _cpu
+except ImportError as error:
+    _cpu = None  # type: ignore[assignment]
+    UNAVAILABLE = f"the C++ kernels are not built ({error}); reinstall with a C++17 compiler"
+else:
+    UNAVAILABLE = ""
+    if os.environ.get("MOPO_CPU_ISA"):
+        _cpu.choose_isa(os.environ["MOPO_CPU_ISA"])
+
+# Without bfloat16 matrix instructions those products run several times slower than float32 ones.
+MULTIPLIES_BFLOAT16 = os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512") and bool(
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+
+
+def instruction_set() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    return _cpu.isa()
+
+
+def fold_statistics(
+    tile: Tensor,
+    target: Tensor,
+    statistics: Statistics,
+    transform: Transform,
+    *,
+    first_column: int = 0,
+    bias: Tensor | None = None,
+) -> None:
+    arguments = _tile(tile, first_column, bias, target, transform)
+    _cpu.statistics(*arguments, *(x.data_ptr() for x in statistics), torch.get_num_threads())
+
+
+def fold_gradient(
+    tile: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    coefficient: Tensor,
+    transform: Transform,
+    *,
+    first_column: int = 0,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    out = tile if out is None else out
+    arguments = _tile(tile, first_column, bias, target, transform)
+    _cpu.gradient(
+        *arguments, lse.data_ptr(), coefficient.data_ptr(), out.data_ptr(), out.stride(0), torch.get_num_threads()
+    )
+
+
+def fold_peaks(tile: Tensor, lse: Tensor, transform: Transform, *, block: int, bias: Tensor | None = None) -> Tensor:
+    rows, columns = tile.shape
+    peaks = lse.new_empty(-(-rows // block), -(-columns // block))
+    data, dtype, *shape, _, bias_data, _, inner, outer, softcap = _tile(tile, 0, bias, lse, transform)
+    _cpu.peaks(
+        *(data, dtype, *shape, bias_data, inner, outer, softcap),
+        *(lse.data_ptr(), block, peaks.data_ptr(), torch.get_num_threads()),
+    )
+    return peaks
+
+
+def _tile(
+    tile: Tensor, first_column: int, bias: Tensor | None, target: Tensor, transform: Transform
+) -> tuple[Any, ...]:
+    rows, columns = tile.shape
+    return (
+        *(tile.data_ptr(), str(tile.dtype).removeprefix("torch."), rows, columns, tile.stride(0), first_column),
+        *(0 if bias is None else bias.data_ptr(), target.data_ptr()),
+        *transform,
+    )

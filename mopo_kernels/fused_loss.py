@@ -1,0 +1,211 @@
+"""Gradients of the policy step in the pass that computes the log-probabilities: 6·N·H·V flops, nothing formed twice.
+
+∂loss/∂log π(y_i|x), all that the tile engine needs of a loss, depends on the labels (clone) or on the log-probabilities
+of one group as well (contrast, regress). So blocks hold whole groups, and each block's gradients are formed while its
+logits are still there. With w the weights, G the number of groups, n a group's size and e = logp − shift:
+
+    clone     −w / G
+    contrast  (softmax_group(e) − w) / G               shift = ref_logp
+    regress   4 / ((n − 1) G) · (e − mean_group e)     shift = ref_logp + (n − 1)/n · s/τ
+
+The operator's first output is the linearisation Σ_i ∂loss/∂logp_i · logp_i: it has the loss's gradient, not its value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.head_ops import fake_gradients, head_for, plan_for, present, scales_of
+from mopo_kernels.logprob import autocast, check_linear, check_result, filter_threshold
+from mopo_kernels.objective import PolicyStep, TargetPolicy, dense_groups
+from mopo_kernels.plan import CPU_WORKSPACE, accumulate_dtype
+from mopo_kernels.tiles import GradientSum, fused_gradients
+
+
+class PolicyTarget(NamedTuple):
+    """What a policy step needs of the labels, per sequence; float64."""
+
+    slot: Tensor  # [S] int64, dense id of the sequence's group
+    weights: Tensor  # [S] w
+    shift: Tensor  # [S]
+    num_groups: Tensor  # []
+
+    @classmethod
+    def of(cls, target: TargetPolicy, policy_step: PolicyStep, tau: float, ref_logp: Tensor | None) -> PolicyTarget:
+        groups = target.groups
+        shift = torch.zeros_like(target.scores) if ref_logp is None else ref_logp.detach().double()
+        if policy_step == "regress":
+            shift = shift + (groups.size - 1) / groups.size * target.scores / tau
+        return cls(groups.slot, target.weights, shift, groups.num_groups)
+
+    def take(self, index: Tensor) -> PolicyTarget:
+        """The sequences at `index`, in a batch of as many groups."""
+        return self._replace(slot=self.slot[index], weights=self.weights[index], shift=self.shift[index])
+
+
+def policy_gradient(logp: Tensor, target: PolicyTarget, policy_step: str) -> Tensor:  # [S]
+    """∂loss/∂logp of every sequence whose group is complete in `logp`, float64."""
+    if policy_step == "clone":
+        return -target.weights / target.num_groups
+    groups = dense_groups(target.slot)
+    error = logp - target.shift
+    if policy_step == "contrast":
+        return (groups.log_softmax(error).exp() - target.weights) / target.num_groups
+    centred = error - groups.sum(error) / groups.size
+    return 4 / ((groups.size - 1) * target.num_groups) * centred
+
+
+def fused_policy_loss(
+    hidden: Tensor,  # [S, L, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [S, L]
+    labels: PolicyTarget,
+    policy_step: PolicyStep,
+    *,
+    average: bool,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    grad_filter: float | Literal["auto"] | None,
+    workspace_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The linearised loss [], differentiable, and logp[S], which is not. The head's options are `linear_logprob`'s."""
+    check_linear(
+        *(hidden, weight, target, bias),
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+    )
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    loss, logp, *_ = linear_policy_loss(
+        *(hidden, weight, bias, target, *labels, policy_step, average),
+        [x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        scales_of(temperature, softcap, logit_scale),
+        *(ignore_index, filter_threshold(grad_filter, weight.dtype)),
+        *(CPU_WORKSPACE if workspace_bytes is None else workspace_bytes, backend),
+    )
+    check_result(logp, hidden=hidden, weight=weight, bias=bias)
+    return loss, logp
+
+
+@torch.library.custom_op("mopo_kernels::linear_policy_loss", mutates_args=())
+def linear_policy_loss(
+    hidden: Tensor,  # [S, L, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    target: Tensor,  # [S, L]
+    slot: Tensor,  # [S]
+    weights: Tensor,  # [S]
+    shift: Tensor,  # [S]
+    num_groups: Tensor,  # []
+    policy_step: str,
+    average: bool,
+    needs: list[bool],  # gradients of hidden, weight, bias
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The linearised loss [], logp[S], and the loss's gradients by hidden, weight and bias ([0] where not needed)."""
+    labels = PolicyTarget(slot, weights, shift, num_groups)
+    length = target.shape[1]
+    flat_target = target.reshape(-1)
+    rows = (flat_target != ignore_index).nonzero().squeeze(-1)
+    divisor = (target != ignore_index).sum(1).clamp(min=1) if average else torch.ones_like(slot)
+    plan = plan_for(len(rows), weight, backend, workspace_bytes, "fused")
+    blocks = _blocks(rows, slot[rows // length], plan.row_block, whole_groups=policy_step != "clone")
+
+    head = head_for(weight, bias, scales, backend, plan, grad_filter)
+    inputs = hidden.reshape(-1, hidden.shape[-1])
+    parts = sum(-(-len(block) // plan.row_block) for block in blocks)
+    sums = GradientSum(head, inputs, needs=needs, blocks=parts)
+    logp = torch.zeros(slot.shape, dtype=torch.float64, device=slot.device)
+
+    def coefficient(block: Tensor, block_logp: Tensor) -> Tensor:
+        sequence = block // length
+        logp.index_add_(0, sequence, block_logp / divisor[sequence])
+        return (policy_gradient(logp, labels, policy_step) / divisor)[sequence]
+
+    fused_gradients(head, inputs, flat_target, blocks, coefficient, sums)
+    grad_hidden, grad_weight, grad_bias = sums.finish(bias)
+    dtype = accumulate_dtype(weight.dtype)
+    loss = (policy_gradient(logp, labels, policy_step) * logp).sum()
+    shaped = None if grad_hidden is None else grad_hidden.reshape(hidden.shape)
+    return loss.to(dtype), logp.to(dtype), *present((shaped, grad_weight, grad_bias), weight)
+
+
+@linear_policy_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    slot: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    num_groups: Tensor,
+    policy_step: str,
+    average: bool,
+    needs: list[bool],
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(weight.dtype)
+    loss, logp = hidden.new_empty((), dtype=dtype), hidden.new_empty(slot.shape, dtype=dtype)
+    return loss, logp, *fake_gradients(hidden, weight, bias, needs)
+
+
+def _blocks(rows: Tensor, slot: Tensor, row_block: int, *, whole_groups: bool) -> list[Tensor]:
+    """Deal rows to blocks of at most `row_block`, or of whole groups up to it (one group at least)."""
+    if not whole_groups:
+        return list(rows.split(row_block)) if len(rows) else []
+    order = slot.argsort(stable=True)
+    sizes, total = [], 0
+    for size in slot.bincount().tolist():
+        if total and total + size > row_block:
+            sizes.append(total)
+            total = 0
+        total += size
+    return list(rows[order].split([*sizes, total])) if len(rows) else []
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, logp, *gradients = output
+    ctx.mark_non_differentiable(logp, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+    ctx.needs = inputs[10]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused loss is differentiable once (create_graph=True asks for more); "
+            "for gradients of gradients use backend='reference'"
+        )
+    if grad_loss is None:
+        return (None,) * 16
+    gradients = (_scale(x, grad_loss) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs, strict=True))
+    return *gradients, *(None,) * 13
+
+
+def _scale(gradient: Tensor, scale: Tensor) -> Tensor:
+    """gradient · scale, in place where eager mode is about to free the graph, so that no second copy is made."""
+    if type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient.mul_(scale)
+    return gradient * scale.to(gradient.dtype)
+
+
+linear_policy_loss.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,208 @@
+"""The tile engine: LM-head log-probabilities and their gradients, a block of rows × columns of logits at a time.
+
+    logits = hidden · weightᵀ            vendor GEMM into a tile
+    logp, or tile ← ∂L/∂logits           fold kernels of the backend (backends/fold.py)
+    grad_hidden += tile · weight         vendor GEMM
+    grad_weight += tileᵀ · hidden        vendor GEMM
+
+Only rows that count are ever gathered. Blocks come from the planner (plan.py). Sums of gradients are float32 (float64
+for float64). Nothing here knows autograd: the operators that torch sees are in head_ops.py and fused_loss.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mopo_kernels.backends.fold import Fold, Statistics, Transform
+from mopo_kernels.grad_filter import drop_small_blocks
+from mopo_kernels.plan import ALIGN, Plan, accumulate_dtype
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head and how to fold its logits."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V] float32 (float64 for float64 heads)
+    transform: Transform
+    fold: Fold
+    plan: Plan
+    grad_filter: float | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def column_blocks(self) -> Iterator[slice]:
+        step = self.plan.column_block
+        return (slice(first, min(first + step, self.vocab)) for first in range(0, self.vocab, step))
+
+    def panel(self, columns: slice) -> Tensor:  # [C, H] in the plan's compute dtype
+        return self.weight[columns].to(self.plan.compute)
+
+    def bias_of(self, columns: slice) -> Tensor | None:
+        return None if self.bias is None else self.bias[columns]
+
+    def tile(self, rows: int) -> Tensor:
+        """Uninitialised memory for the logits of a block."""
+        columns = self.plan.tile_columns(self.vocab)
+        return self.weight.new_empty(min(rows, self.plan.row_block), columns, dtype=self.plan.compute)
+
+    def view(self, tile: Tensor, rows: int, columns: slice) -> Tensor:  # [R, C]
+        """The part of a tile that holds these columns: each has its place only where the tile is resident."""
+        return tile[:rows, columns] if self.plan.resident else tile[:rows, : columns.stop - columns.start]
+
+    def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
+        torch.mm(hidden, self.panel(columns).t(), out=out)
+
+    def statistics(self, hidden: Tensor, target: Tensor, tile: Tensor) -> Statistics:
+        """Form the logits of a block of rows and fold them; a resident tile holds all of them afterwards."""
+        rows = hidden.shape[0]
+        statistics = Statistics.start(rows, hidden.device)
+        for columns in self.column_blocks():
+            part = self.view(tile, rows, columns)
+            self.logits(hidden, columns, part)
+            self.fold.fold_statistics(
+                part,
+                target,
+                statistics,
+                self.transform,
+                first_column=columns.start,
+                bias=self.bias_of(columns),
+            )
+        return statistics
+
+
+class GradientSum:
+    """Gradients of hidden, weight and bias, those that are needed, summed over blocks."""
+
+    def __init__(self, head: Head, hidden: Tensor, *, needs: Sequence[bool], blocks: int) -> None:
+        needs_hidden, needs_weight, needs_bias = needs
+        self.head = head
+        self.accumulate = accumulate_dtype(head.weight.dtype)
+        self.hidden = torch.zeros_like(hidden) if needs_hidden else None
+        # With one block each column is summed once, so weight's own dtype will do.
+        dtype = head.weight.dtype if blocks == 1 else self.accumulate
+        self.weight = torch.empty_like(head.weight, dtype=dtype) if needs_weight else None
+        self.bias = head.weight.new_zeros(head.vocab, dtype=self.accumulate) if needs_bias else None
+        self.first = True
+
+    def add(
+        self,
+        rows: Tensor,  # [R] int64, where the block's rows stand in hidden
+        hidden: Tensor,  # [R, H], those rows
+        target: Tensor,  # [R]
+        lse: Tensor,  # [R] float64
+        coefficient: Tensor,  # [R] float64
+        tile: Tensor,  # holds the logits if the plan is resident, else room for a column block of them
+        *,
+        out: Tensor | None = None,  # [R, column block] where the tile must not be overwritten
+    ) -> None:
+        """Add ∂(Σ coefficient · logp) of a block of rows."""
+        head = self.head
+        grad_hidden = torch.zeros_like(hidden, dtype=self.accumulate) if self.hidden is not None else None
+        for columns in head.column_blocks():
+            part = head.view(tile, hidden.shape[0], columns)
+            if not head.plan.resident:
+                head.logits(hidden, columns, part)
+            bias = head.bias_of(columns)
+            keep = self._kept_blocks(part, lse, bias)
+            grad = part if out is None else out[: hidden.shape[0], : columns.stop - columns.start]
+            head.fold.fold_gradient(
+                part, target, lse, coefficient, head.transform, first_column=columns.start, bias=bias, out=grad
+            )
+            needed = None if keep is None else drop_small_blocks(grad, target - columns.start, keep)
+            if self.bias is not None:
+                self.bias[columns] += grad.sum(0, dtype=self.accumulate)
+            if needed is None:
+                self._products(grad, hidden, columns, grad_hidden)
+            else:
+                self._filtered_products(grad, hidden, columns, grad_hidden, needed)
+        if self.hidden is not None and grad_hidden is not None:
+            self.hidden.index_copy_(0, rows, grad_hidden.to(self.hidden.dtype))
+        self.first = False
+
+    def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The sums, in the dtypes of hidden, weight and the caller's bias."""
+        if self.first and self.weight is not None:
+            self.weight.zero_()
+        return (
+            self.hidden,
+            None if self.weight is None else self.weight.to(self.head.weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+    def _kept_blocks(self, logits: Tensor, lse: Tensor, bias: Tensor | None) -> Tensor | None:
+        """[stripes, column blocks] bool: where some probability reaches grad_filter; None where all blocks count."""
+        head = self.head
+        if head.grad_filter is None:
+            return None
+        return head.fold.fold_peaks(logits, lse, head.transform, block=ALIGN, bias=bias) >= head.grad_filter
+
+    def _products(self, grad: Tensor, hidden: Tensor, columns: slice, grad_hidden: Tensor | None) -> None:
+        if grad_hidden is not None:
+            _add_product(grad_hidden, grad, self.head.panel(columns))
+        if self.weight is not None:
+            _add_product(self.weight[columns], grad.t(), hidden, overwrite=self.first)
+
+    def _filtered_products(
+        self, grad: Tensor, hidden: Tensor, columns: slice, grad_hidden: Tensor | None, needed: Tensor
+    ) -> None:
+        """The products over the columns that grad_filter leaves in each stripe of rows."""
+        if self.weight is not None and self.first:
+            self.weight[columns] = 0
+        for stripe, (part, mask) in enumerate(zip(grad.split(ALIGN), needed, strict=True)):
+            rows = slice(stripe * ALIGN, stripe * ALIGN + part.shape[0])
+            index = mask.nonzero().squeeze(-1)
+            part = part.index_select(1, index)
+            if grad_hidden is not None:
+                panel = self.head.weight[columns].index_select(0, index).to(self.head.plan.compute)
+                _add_product(grad_hidden[rows], part, panel)
+            if self.weight is not None:
+                self.weight[columns].index_add_(0, index, (part.t() @ hidden[rows]).to(self.weight.dtype))
+
+
+def fused_gradients(
+    head: Head,
+    hidden: Tensor,  # [N, H]
+    target: Tensor,  # [N]
+    blocks: list[Tensor],  # int64 rows of hidden, a block each: whole groups where the coefficients need them
+    coefficient: Callable[[Tensor, Tensor], Tensor],  # (rows, their logp, float64) → ∂L/∂logp, float64
+    sums: GradientSum,
+) -> Tensor:  # [N] float64, 0 where no block has the row
+    """Log-probabilities and, in the same pass, the gradients of a loss whose ∂L/∂logp needs one block's logp only."""
+    logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+    tile = head.tile(max((len(rows) for rows in blocks), default=0))
+    for rows in blocks:
+        parts = rows.split(head.plan.row_block)
+        lse = []
+        for part in parts:
+            statistics = head.statistics(gather(head, hidden, part), target[part], tile)
+            logp[part] = statistics.logp
+            lse.append(statistics.lse)
+        weights = coefficient(rows, logp[rows]).split(head.plan.row_block)
+        for part, part_lse, part_weights in zip(parts, lse, weights, strict=True):
+            inputs = gather(head, hidden, part)
+            if head.plan.resident and len(parts) > 1:  # a group larger than the tile: form its logits again
+                head.statistics(inputs, target[part], tile)
+            sums.add(part, inputs, target[part], part_lse, part_weights.contiguous(), tile)
+    return logp
+
+
+def gather(head: Head, hidden: Tensor, rows: Tensor) -> Tensor:  # [R, H]
+    """Rows of hidden, contiguous and in the dtype that products run in."""
+    return hidden.index_select(0, rows).to(head.plan.compute)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
+    """total += left · right, or total = left · right; operands of 16 bits give one rounding per block, not per sum."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0 if overwrite else 1)
+    elif overwrite:
+        total.copy_(left @ right)
+    else:
+        total.add_(left @ right)

@@ -1,0 +1,213 @@
+"""The tile engine behind the public ops: every plan gives the reference's numbers, and no plan needs more memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import measure
+
+from mopo_kernels import linear_logprob, mopo_loss, win_rate_from_pairs
+from mopo_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[False, True], ids=["panels", "bf16 products"])
+def multiplies_bfloat16(request, monkeypatch):
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", request.param)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that reading what nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(n, h, v, dtype, *, seed=0, with_bias=False, ignored=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, v, (n,), generator=generator)
+    target[torch.rand(n, generator=generator) < ignored] = -100
+    shapes = [(n, h), (v, h), (v,)]
+    hidden, weight, bias = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes)
+    return hidden, weight, bias if with_bias else None, target
+
+
+def values_and_gradients(inputs, target, upstream, backend, **options):
+    hidden, weight, bias = inputs
+    logp = linear_logprob(hidden, weight, target, bias=bias, backend=backend, **options)
+    differentiable = [x for x in inputs if x is not None]
+    return [logp.detach(), *torch.autograd.grad(logp, differentiable, upstream.to(logp.dtype))]
+
+
+def exact(inputs, target, upstream, **options):
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    return values_and_gradients(wide, target, upstream, "reference", **options)
+
+
+def eager(inputs, target, upstream, **options):
+    """What the plain composition gives in the inputs' own dtype: the yardstick for errors."""
+    return values_and_gradients(inputs, target, upstream, "reference", **options)
+
+
+def relative_error(got, truth):
+    return ((got.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace", [3_000, 60_000, None], ids=["columns", "rows", "kept"])
+def test_as_accurate_as_eager(dtype, workspace, multiplies_bfloat16, poisoned):
+    inputs = make(150, 24, 700, dtype)
+    *tensors, target = inputs
+    upstream = torch.randn(150)
+    options = {"temperature": 0.9, "logit_scale": 0.2}
+    truth = exact(tensors, target, upstream, **options)
+    ours = values_and_gradients(tensors, target, upstream, "cpu", workspace_bytes=workspace, **options)
+    theirs = eager(tensors, target, upstream, **options)
+    floor = 4 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    for got, yardstick, expected in zip(ours, theirs, truth, strict=True):
+        assert relative_error(got, expected) <= 1.5 * relative_error(yardstick, expected) + floor
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(0, 40),
+    h=st.integers(1, 9),
+    v=st.integers(1, 300),
+    workspace=st.integers(1, 200_000),
+    with_bias=st.booleans(),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    frozen=st.sampled_from(["nothing", "weight", "hidden"]),
+    softcap=st.sampled_from([None, 3.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_ragged_shapes_and_workspaces(n, h, v, workspace, with_bias, ignored, frozen, softcap, seed):
+    hidden, weight, bias, target = make(
+        n, h, v, torch.float64, seed=seed, with_bias=with_bias and frozen == "nothing", ignored=ignored
+    )
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "weight")
+    inputs = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+    upstream = torch.randn(n, dtype=torch.float64)
+    results = []
+    for backend in ("cpu", "reference"):
+        options = {"workspace_bytes": workspace} if backend == "cpu" else {}
+        logp = linear_logprob(hidden, weight, target, bias=bias, softcap=softcap, backend=backend, **options)
+        results.append([logp, *torch.autograd.grad(logp, inputs, upstream)])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+def test_views_and_transposes_are_read_as_they_are():
+    hidden, weight, _, target = make(20, 6, 50, torch.float32)
+    strided = torch.stack([hidden, hidden]).transpose(0, 1)[:, 1].detach().requires_grad_()
+    transposed = weight.detach().t().contiguous().t().requires_grad_()
+    upstream = torch.randn(20)
+    ours = values_and_gradients((strided, transposed, None), target, upstream, "cpu")
+    torch.testing.assert_close(ours, values_and_gradients((hidden, weight, None), target, upstream, "reference"))
+
+
+def loss_of(hidden, weight, target, policy_step, **options):
+    pairs = len(target) // 2
+    output = mopo_loss(
+        hidden,
+        weight,
+        target,
+        win_rate_from_pairs(torch.linspace(0.3, 0.7, pairs, dtype=torch.float64)[:, None]),
+        torch.arange(pairs).repeat(2),
+        torch.ones(1, dtype=torch.float64),
+        tau=0.5,
+        policy_step=policy_step,
+        ref_logp=torch.linspace(-9, -5, 2 * pairs),
+        **options,
+    )
+    return output.loss
+
+
+def step(policy_step, hidden, weight, target, *, scale=1.0, **options):
+    def run():
+        (loss_of(hidden, weight, target, policy_step, **options) * scale).backward()
+        hidden.grad = weight.grad = None
+
+    run()  # whatever is allocated once is not the function's
+    return run
+
+
+@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
+@pytest.mark.parametrize("workspace", [2**20, 4 * 2**20], ids=["recompute", "one pass"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_memory_of_the_loss_is_workspace_plus_gradients_whatever_the_rows(policy_step, workspace, scale):
+    h, v = 64, 4096
+    weight = torch.randn(v, h, requires_grad=True)
+    for sequences in (8, 32):
+        hidden = torch.randn(sequences, 64, h, requires_grad=True)
+        target = torch.randint(0, v, (sequences, 64))
+        run = step(policy_step, hidden, weight, target, scale=scale, workspace_bytes=workspace)
+        peak, largest = measure(run)
+        gradients = 4 * (hidden.numel() + weight.numel())
+        assert peak <= 1.1 * (workspace + gradients)
+        assert largest < sequences * 64 * v * 4  # no tensor of all logits, or of half their bytes
+        assert largest <= max(workspace, 4 * weight.numel(), 4 * hidden.numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_of_the_log_probs(dtype, frozen, monkeypatch):
+    """bfloat16 through float32 panels: the weight is never widened as a whole; a frozen one has no gradient at all."""
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", False)
+    n, h, v, workspace = 1024, 128, 8192, 2**20
+    hidden, weight, _, target = make(n, h, v, dtype)
+    weight.requires_grad_(not frozen)
+
+    def run():
+        linear_logprob(hidden, weight, target, workspace_bytes=workspace).sum().backward()
+        hidden.grad = weight.grad = None
+
+    run()
+    peak, largest = measure(run)
+    size = dtype.itemsize
+    # A 16-bit weight's gradient is summed in float32 where more than one block adds to it.
+    weight_gradient = 0 if frozen else weight.numel() * (4 if size == 4 else 4 + size)
+    assert peak <= 1.1 * (workspace + n * h * size + weight_gradient)
+    assert largest < n * v * size
+    if frozen:
+        assert largest <= workspace
+
+
+@pytest.mark.parametrize("policy_step", ["clone", "contrast"])
+def test_runs_agree_bitwise_and_thread_counts_to_rounding(policy_step):
+    hidden = torch.randn(8, 40, 32, requires_grad=True)
+    weight = torch.randn(3000, 32, requires_grad=True)
+    target = torch.randint(0, 3000, (8, 40))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (2, 2, 1):
+            torch.set_num_threads(count)
+            loss = loss_of(hidden, weight, target, policy_step, workspace_bytes=2**20)
+            results.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
+    finally:
+        torch.set_num_threads(threads)
+    for first, again, alone in zip(*results, strict=True):
+        assert torch.equal(first, again)
+        torch.testing.assert_close(alone, first, rtol=1e-4, atol=1e-5 * first.abs().max().item())
+
+
+@pytest.mark.parametrize("likely", [250, 1500], ids=["few blocks: gathered", "most blocks: others zeroed"])
+def test_grad_filter_matches_the_reference_and_skips_what_it_says(likely):
+    hidden, weight, bias, target = make(200, 4, 2000, torch.float64, ignored=0.0, with_bias=True)
+    bias = bias.detach().index_fill(0, torch.arange(likely, 2000), -18.0).requires_grad_()
+    upstream = torch.randn(200, dtype=torch.float64)
+    ours, theirs, everything = (
+        values_and_gradients((hidden, weight, bias), target, upstream, backend, grad_filter=threshold)
+        for backend, threshold in (("cpu", 1e-5), ("reference", 1e-5), ("cpu", None))
+    )
+    # In skipped blocks the reference drops p at targets too, the engine elsewhere only: under grad_filter · |upstream|.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-5)
+    unlikely = torch.arange(2000) >= likely + 128
+    unlikely[target] = False
+    assert (ours[2][unlikely] == 0).all()
+    assert (everything[2][unlikely] != 0).all()
+    assert all(relative_error(a, b) < 1e-3 for a, b in zip(ours, everything, strict=True))
