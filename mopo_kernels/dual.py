@@ -134,11 +134,15 @@ def auto_eps(
     labels = group_labels(win_rate, group, lag_log_ratio)
     _check_primary(primary, win_rate.shape[1])
     check_beta(beta)
-    secondaries = [k for k in range(win_rate.shape[1]) if k != primary]
-    if not secondaries:
+    return auto_eps_grouped(labels, beta=beta, primary=primary)
+
+
+def auto_eps_grouped(labels: GroupedLabels, *, beta: float, primary: int) -> float:
+    """`auto_eps` on labels that are already laid out."""
+    secondaries = (1 - _one_hot(primary, labels)).nonzero()[:, 0]
+    if secondaries.numel() == 0:
         return 0.0
-    at_reference = ratio_sample(labels, torch.zeros_like(labels.labelled_groups), tau=1.0)
-    values, ref_weights = at_reference.ratio_values[secondaries], at_reference.ref_weights[secondaries]
+    values, ref_weights, _ = ratio_sample(labels, torch.zeros_like(labels.labelled_groups), 1.0, secondaries)  # rho = 1
     mean, variance = mean_and_variance(values, ref_weights)
     slack = (1 - beta) * float(mean.min())
     affordable = mean - support_min(values, ref_weights) <= slack  # even the smallest value is
@@ -163,10 +167,12 @@ def _best_alone(labels: GroupedLabels, tau: float, eps: float, primary: int) -> 
 
 def _best_bound(labels: GroupedLabels, tau: float, eps: float, primary: int, objective: int) -> Tensor:  # []
     """The largest LB_k over multipliers of k alone: a grid in the logarithm, then golden sections around its best."""
+    column = _one_hot(objective, labels).nonzero()[:, 0]
 
     def bound(log2: float) -> Tensor:
         multipliers = _one_hot(primary, labels) + tau * 2**log2 * _one_hot(objective, labels)
-        return policy_bounds(labels, multipliers, tau, eps)[0][objective]
+        values, ref_weights, _ = ratio_sample(labels, multipliers, tau, column)
+        return bound_and_chi(values, ref_weights, eps)[0]
 
     grid = range(-10, 18)
     centre = max(grid, key=lambda log2: float(bound(log2)))
@@ -175,7 +181,7 @@ def _best_bound(labels: GroupedLabels, tau: float, eps: float, primary: int, obj
     for _ in range(40):
         left, right = high - golden * (high - low), low + golden * (high - low)
         low, high = (left, high) if bound(left) < bound(right) else (low, right)
-    return torch.maximum(bound((low + high) / 2), bound(-math.inf))
+    return torch.maximum(bound((low + high) / 2), bound(-math.inf))[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- solver
@@ -338,12 +344,11 @@ def _evaluate(problem: _Problem, free: Tensor) -> _Point:
         jacobian = moments.covariance[constrained][:, constrained] / tau / coverage[:, None]
         dual = tau * moments.log_partition - (free * coverage) @ thresholds
         return _Point(free, moments.win_rates[constrained] - thresholds, jacobian, float(dual))
-    sample = ratio_sample(labels, problem.multipliers(free), tau)
-    values, ref_weights = sample.ratio_values[constrained], sample.ref_weights[constrained]
+    values, ref_weights, centred = ratio_sample(labels, problem.multipliers(free), tau, constrained)
     bound, chi = bound_and_chi(values, ref_weights, problem.eps)
     q, _ = tilt(values, ref_weights, (1 / chi).clamp(max=1e300))
     slack = bound - thresholds
-    jacobian = (q * values) @ sample.centred[constrained].T / tau  # q is the bound's derivative in rho v (envelope)
+    jacobian = (q * values) @ centred.T / tau  # q is the bound's derivative in rho v (envelope)
     return _Point(free, slack, jacobian, float(torch.minimum(free, slack).norm()))
 
 

@@ -100,11 +100,11 @@ class Moments(NamedTuple):
 
 
 class RatioSample(NamedTuple):
-    """The joint sample of all responses; M of them where identical groups are kept once."""
+    """The joint sample of all responses, M of them where identical groups are kept once, for C of the objectives."""
 
-    ratio_values: Tensor  # [K, M] rho_i v_ik
-    ref_weights: Tensor  # [K, M] r_i, over the groups that objective k labels; sums to 1
-    centred: Tensor  # [K, M] v_ik - E_w[v_k], so that d rho_i / d lambda_k = rho_i centred_ik / tau
+    ratio_values: Tensor  # [C, M] rho_i v_ik
+    ref_weights: Tensor  # [C, M] r_i, over the groups that objective k labels; sums to 1
+    centred: Tensor  # [C, M] v_ik - E_w[v_k], so that d rho_i / d lambda_k = rho_i centred_ik / tau
 
 
 def _log_weights(bucket: Bucket, multipliers: Tensor, tau: float) -> tuple[Tensor, Tensor]:  # [n, N], [N]
@@ -115,6 +115,7 @@ def _log_weights(bucket: Bucket, multipliers: Tensor, tau: float) -> tuple[Tenso
 
 
 def policy_moments(labels: GroupedLabels, multipliers: Tensor, tau: float) -> Moments:
+    """What the dual's value, gradient and curvature are made of, under multipliers [K]."""
     log_partition = multipliers.new_zeros(())
     total = torch.zeros_like(multipliers)
     covariance = multipliers.new_zeros(multipliers.numel(), multipliers.numel())
@@ -129,13 +130,15 @@ def policy_moments(labels: GroupedLabels, multipliers: Tensor, tau: float) -> Mo
     return Moments(log_partition / labels.num_groups, total / labels.labelled_groups, covariance / labels.num_groups)
 
 
-def ratio_sample(labels: GroupedLabels, multipliers: Tensor, tau: float) -> RatioSample:
+def ratio_sample(labels: GroupedLabels, multipliers: Tensor, tau: float, objectives: Tensor) -> RatioSample:
+    """The sample for the objectives [C] asked for, under multipliers [K]."""
     parts = []
     for bucket in labels.buckets:
+        values = bucket.values[objectives]
         log_weight, _ = _log_weights(bucket, multipliers, tau)
-        centred = bucket.values - (log_weight.exp() * bucket.values).sum(1, keepdim=True)
-        ratio_values = (log_weight - bucket.log_ref).exp() * bucket.values
-        share = bucket.labelled * bucket.copies / labels.labelled_groups[:, None]
+        centred = values - (log_weight.exp() * values).sum(1, keepdim=True)
+        ratio_values = (log_weight - bucket.log_ref).exp() * values
+        share = bucket.labelled[objectives] * bucket.copies / labels.labelled_groups[objectives, None]
         ref_weights = bucket.log_ref.exp() * share[:, None]
         parts.append((ratio_values.flatten(1), ref_weights.flatten(1), centred.flatten(1)))
     return RatioSample(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
@@ -143,7 +146,7 @@ def ratio_sample(labels: GroupedLabels, multipliers: Tensor, tau: float) -> Rati
 
 def policy_bounds(labels: GroupedLabels, multipliers: Tensor, tau: float, eps: float) -> tuple[Tensor, Tensor]:
     """LB_k and chi_k, [K] both."""
-    sample = ratio_sample(labels, multipliers, tau)
+    sample = ratio_sample(labels, multipliers, tau, torch.arange(multipliers.numel(), device=multipliers.device))
     return bound_and_chi(sample.ratio_values, sample.ref_weights, eps)
 
 

@@ -13,7 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mopo_kernels.checks import check_choice, check_eps, check_positive, check_tau
-from mopo_kernels.dual import MAX_MULTIPLIER, InfeasibleThresholds, attainable_range, auto_eps, check_beta, solve_dual
+from mopo_kernels.dual import (
+    MAX_MULTIPLIER,
+    InfeasibleThresholds,
+    attainable_range,
+    auto_eps_grouped,
+    check_beta,
+    full_thresholds,
+    solve_grouped,
+)
+from mopo_kernels.grouped_labels import group_labels, policy_bounds, policy_moments
 from mopo_kernels.objective import TargetPolicy, check_batch, target_bounds, target_policy
 from mopo_kernels.robust import bound_and_chi, bound_at, tilt
 
@@ -145,31 +154,31 @@ class MOPODual(nn.Module):
         Raises InfeasibleThresholds, with the objective's name, where no policy can meet the thresholds.
         """
         self._check_columns(win_rate)
-        win_rate, group = self._own(win_rate), self._own(group)
-        lag_log_ratio = None if lag_log_ratio is None else self._own(lag_log_ratio)
+        labels = group_labels(*self._moved(win_rate, group, lag_log_ratio))
         primary = self._primary_index
         if self._auto_eps:
-            radius = auto_eps(win_rate, group, beta=self.ratchet_beta, primary=primary, lag_log_ratio=lag_log_ratio)
-            self.eps.fill_(radius)
+            self.eps.fill_(auto_eps_grouped(labels, beta=self.ratchet_beta, primary=primary))
         if ratchet:
-            at_reference = target_policy(
-                win_rate, group, torch.zeros_like(self.multipliers), tau=self.tau, lag_log_ratio=lag_log_ratio
-            )
-            attained = at_reference.win_rates()[self._secondary_index]
+            at_reference = policy_moments(labels, torch.zeros_like(self.multipliers), self.tau).win_rates
+            attained = at_reference[self._secondary_index]
             self.thresholds.copy_(torch.maximum(self.floors, self.ratchet_beta * attained))
         try:
-            solution = solve_dual(
-                win_rate, group, self.thresholds, tau=self.tau, eps=float(self.eps), primary=primary,
-                lag_log_ratio=lag_log_ratio, max_multiplier=self.max_multiplier,
-            )  # fmt: skip
+            solution = solve_grouped(
+                labels,
+                full_thresholds(self.thresholds, len(self.objectives), primary),
+                tau=self.tau,
+                eps=float(self.eps),
+                primary=primary,
+                max_multiplier=self.max_multiplier,
+            )
         except InfeasibleThresholds as error:
             raise InfeasibleThresholds(
                 self.objectives[int(error.objective)], error.threshold, error.attainable
             ) from None
         if self.rule == "exact":
             self.multipliers.copy_(solution.multipliers)
-        target = target_policy(win_rate, group, self.multipliers, tau=self.tau, lag_log_ratio=lag_log_ratio)
-        self._record(target.win_rates(), *target_bounds(target, float(self.eps)))
+        win_rates = policy_moments(labels, self.multipliers, self.tau).win_rates
+        self._record(win_rates, *policy_bounds(labels, self.multipliers, self.tau, float(self.eps)))
 
     @torch.no_grad()
     def update(
@@ -186,9 +195,7 @@ class MOPODual(nn.Module):
         if self.eps.isnan():
             raise RuntimeError('eps="auto" is resolved on the whole data set: call refresh before update')
         self._check_columns(win_rate)
-        win_rate, group, lag_log_ratio = _gather_ranks(win_rate, group, lag_log_ratio)
-        win_rate, group = self._own(win_rate), self._own(group)
-        lag_log_ratio = None if lag_log_ratio is None else self._own(lag_log_ratio)
+        win_rate, group, lag_log_ratio = self._moved(*_gather_ranks(win_rate, group, lag_log_ratio))
         check_batch(win_rate, group, self.multipliers, self.tau, lag_log_ratio)
         target = target_policy(win_rate, group, self.multipliers, tau=self.tau, lag_log_ratio=lag_log_ratio)
         if self.rule == "sgd":
@@ -245,8 +252,12 @@ class MOPODual(nn.Module):
     def _secondary_index(self) -> list[int]:
         return [index for index, name in enumerate(self.objectives) if name != self.primary]
 
-    def _own(self, x: Tensor) -> Tensor:
-        return x.to(self.multipliers.device)
+    def _moved(
+        self, win_rate: Tensor, group: Tensor, lag_log_ratio: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The labels on the buffers' device."""
+        device = self.multipliers.device
+        return win_rate.to(device), group.to(device), None if lag_log_ratio is None else lag_log_ratio.to(device)
 
     def _check_columns(self, win_rate: Tensor) -> None:
         if win_rate.dim() != 2 or win_rate.shape[1] != len(self.objectives):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,23 +19,24 @@ from rich.console import Console
 from mopo_kernels import backends
 from mopo_trainer.tables import new_table
 
-# Distribution, the oldest version that works, and what stops working without it (the first block stops `mopo train`).
-TRAINING = {
-    "torch": ("2.9", "everything"),
-    "transformers": ("5.0", "mopo train, mopo demo"),
-    "datasets": ("4.0", "reading label data"),
-    "accelerate": ("1.10", "mopo train"),
-    "pyyaml": ("6", "mopo train config.yaml"),
-    "rich": ("13", "tables and progress bars"),
-}
-OPTIONAL = {
-    "peft": ("0.18", "LoRA adapters (--lora_r)"),
-    "matplotlib": ("3.8", "figures"),
-    "moocore": ("0.1.7", "hypervolume in mopo pareto"),
-    "vaderSentiment": ("3.3.2", "the friendliness scorer"),
-    "textstat": ("0.7.8", "the plain_language scorer"),
-    "gguf": ("0.17", "converting the demo's model"),
-    "triton": ("3.5", "GPU kernels"),
+DISTRIBUTION = "mopo-kernels"
+REQUIRED_EXTRAS = ("", "trainer")  # what mopo solve and mopo train import
+OPTIONAL_EXTRAS = ("demo",)
+PURPOSES = {
+    "torch": "everything",
+    "transformers": "models, training",
+    "datasets": "label data",
+    "accelerate": "training",
+    "peft": "LoRA adapters",
+    "safetensors": "checkpoints",
+    "pyyaml": "mopo train config.yaml",
+    "rich": "tables",
+    "matplotlib": "figures",
+    "moocore": "Pareto fronts",
+    "vaderSentiment": "scorer friendliness",
+    "textstat": "scorer plain_language",
+    "gguf": "converting the demo's model",
+    "triton": "GPU kernels",
 }
 
 
@@ -54,11 +56,18 @@ class Package:
 
 
 def packages() -> list[Package]:
-    return [
-        Package(name, _installed_version(name), needed, purpose, required)
-        for table, required in ((TRAINING, True), (OPTIONAL, False))
-        for name, (needed, purpose) in table.items()
+    """What the distribution's own metadata asks for, and triton, which torch brings along on GPU machines."""
+    wanted = [re.match(r"([\w.-]+)>=([\d.]+)(?:.*extra == ['\"](\w+))?", text) for text in _requirements()]
+    found = [
+        Package(name, _installed_version(name), needed, PURPOSES.get(name, ""), (extra or "") in REQUIRED_EXTRAS)
+        for name, needed, extra in (match.groups() for match in wanted if match)
+        if (extra or "") in (*REQUIRED_EXTRAS, *OPTIONAL_EXTRAS)
     ]
+    return [*found, Package("triton", _installed_version("triton"), "3.5", PURPOSES["triton"], required=False)]
+
+
+def _requirements() -> list[str]:
+    return metadata.requires(DISTRIBUTION) or []
 
 
 def devices() -> list[str]:
@@ -93,7 +102,7 @@ def backend_table() -> list[dict[str, str]]:
 def report() -> dict[str, Any]:
     checked = packages()
     return {
-        "mopo_kernels": _installed_version("mopo-kernels"),
+        "mopo_kernels": _installed_version(DISTRIBUTION),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": [{**asdict(package), "status": package.status} for package in checked],

@@ -19,6 +19,15 @@ def test_everything_needed_is_here(capsys):
     assert all(row["backend"] and row["reason"] for row in found["backends"])
 
 
+def test_what_is_needed_comes_from_the_distribution_itself():
+    required = {package.name: package.required for package in doctor.packages()}
+    assert list(required)[:2] == ["torch", "transformers"]
+    assert required["peft"]
+    assert not required["gguf"]
+    assert not required["triton"]
+    assert "pytest" not in required
+
+
 @pytest.mark.parametrize(("version", "status"), [(None, "missing"), ("4.9.1", "older than 5.0")])
 def test_a_package_that_training_needs_decides_the_exit_code(monkeypatch, capsys, version, status):
     installed = doctor._installed_version
