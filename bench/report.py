@@ -3,9 +3,9 @@
     make bench                                        (or pytest bench … --benchmark-json results.json)
     python bench/report.py results.json bench/results
 
-Per group: the fastest round, the time against the first `mopo` entry, the products alone as a share of the time
-(the fastest `bench_products_alone` of the group) and the peak of extra memory. Rounds are compared by their minimum,
-which other work on the machine disturbs least.
+Per group: the fastest round, the time against the group's first `mopo` entry, arithmetic as a share of the products
+alone (the fastest `bench_products_alone` of the group), and the peak of extra memory. Rounds are compared by their
+minimum, which other work on the machine disturbs least.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def sample_responses(
     middle. The draws depend on `seed` alone, not on the random state outside, which they leave untouched.
 
     Against `model.generate` this loop reads a prompt once for all its samples and drops sequences that have ended from
-    the batch: 3 times faster on short texts, where the prompt is longer than the response (2 cores, SmolLM2-135M).
+    the batch: 1.7 times faster on short texts (one core, SmolLM2-135M, 32 sequences of at most 80 tokens).
 
     Args:
         top_k, top_p: draw from the smallest set of at most `top_k` tokens whose probability reaches `top_p`.
