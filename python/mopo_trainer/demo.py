@@ -53,6 +53,7 @@ from mopo_trainer.sampling import DEMO_DATA, sample_responses
 from mopo_trainer.scorers import BUILT_IN
 from mopo_trainer.smollm import smollm2
 from mopo_trainer.solve import LabelProblem, analyse, print_report
+from mopo_trainer.tables import new_table
 from mopo_trainer.trainer import MOPOTrainer
 
 PRIMARY = "friendliness"
@@ -114,54 +115,43 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
     print_report(analysis, console)
 
     console.rule("2. Training and sampling")
-    texts, logs, seconds = {}, {}, {}
+    texts: dict[str, list[list[str]]] = {}
+    logs: dict[str, list[dict[str, Any]]] = {}
+    seconds: dict[str, float] = {}
     for name, thresholds in {BASE: None, ALONE: {}, MOPO: THRESHOLDS}.items():
-        model, tokenizer = _load_model(tiny, seed)
         began = time.perf_counter()
+        model, tokenizer = _load_model(tiny, seed)
         if thresholds is not None:
             console.print(f"Training: {name} {_describe(thresholds)}", style="bold", soft_wrap=True)
             model, logs[name] = _train(model, tokenizer, train_groups, thresholds, settings, seed, output)
-        trained = time.perf_counter()
-        texts[name] = sample_responses(
-            model,
-            tokenizer,
-            prompts,
-            num_samples=settings.num_samples,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=seed,
-            description=f"Sampling: {name}",
-        )
-        seconds[name] = {"training": trained - began, "sampling": time.perf_counter() - trained}
+        texts[name] = _sample(name, model, tokenizer, prompts, settings, seed)
+        seconds[name] = time.perf_counter() - began
 
     console.rule("3. Held-out prompts")
-    results = compare(prompts, texts)
-    console.print(_win_rate_table(results))
-    console.print(_difference_table(results))
+    compared = compare(prompts, texts)
+    console.print(_win_rate_table(compared))
+    console.print(_difference_table(compared))
     _print_texts(console, prompts, texts)
-
+    seconds["total"] = time.perf_counter() - start
+    results = {
+        "settings": asdict(settings) | {"tiny": tiny, "seed": seed, "thresholds": THRESHOLDS},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("mopo-kernels", "torch", "transformers", "peft")},
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "held_out": compared,
+        "labels": analysis,
+        "log_history": logs,
+    }
     subtitle = f"{len(prompts)} held-out prompts × {settings.num_samples} samples; line: what the training labels allow"
     files = [
-        write_json(
-            output / "results.json",
-            {
-                "settings": asdict(settings) | {"tiny": tiny, "seed": seed, "thresholds": THRESHOLDS},
-                "versions": {"python": platform.python_version()}
-                | {package: version(package) for package in ("mopo-kernels", "torch", "transformers", "peft")},
-                "threads": torch.get_num_threads(),
-                "labels": analysis,
-                "held_out": results,
-                "seconds": seconds | {"total": time.perf_counter() - start},
-                "log_history": logs,
-            },
-        ),
+        write_json(output / "results.json", results),
         _write_texts(output / "texts.jsonl", prompts, texts),
-        plots.save_figure(_front_figure(problem, results, subtitle), output / "front.png"),
+        plots.save_figure(_front_figure(problem, compared, subtitle), output / "front.png"),
+        plots.save_figure(plots.plot_training(logs[MOPO], objectives=OBJECTIVES), output / "training.png"),
     ]
-    plots.plot_training(logs[MOPO], output / "training.png", objectives=OBJECTIVES)
-    console.print(f"Written: {', '.join(map(str, [*files, output / 'training.png']))}", soft_wrap=True)
-    console.print(f"{time.perf_counter() - start:.0f} s in all.")
+    console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
+    console.print(f"{seconds['total']:.0f} s in all.")
     return 0
 
 
@@ -247,6 +237,27 @@ def _train(
     return trainer.model.merge_and_unload(), trainer.state.log_history
 
 
+def _sample(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: Settings,
+    seed: int,
+) -> list[list[str]]:
+    return sample_responses(
+        model,
+        tokenizer,
+        prompts,
+        num_samples=settings.num_samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=seed,
+        description=f"Sampling: {name}",
+    )
+
+
 class Progress(ProgressCallback):
     """The Trainer's progress bar, with the last loss and speed behind it instead of a line per log."""
 
@@ -305,29 +316,30 @@ def _describe(thresholds: Mapping[str, float]) -> str:
 
 
 def _win_rate_table(results: Mapping[str, Any]) -> Table:
-    table = Table(title="Win rate against the base model, 95% interval over held-out prompts", title_justify="left")
-    table.add_column("model")
-    for name in OBJECTIVES:
-        table.add_column(f"{name} ≥ {THRESHOLDS[name]:g}" if name in THRESHOLDS else f"{name} (primary)")
-    table.add_column("words", justify="right")
-    marks = {"met": " [green]✓[/]", "missed": " [red]✗[/]", "missed within the interval": " [yellow]~[/]"}
+    headings = [f"{name} ≥ {THRESHOLDS[name]:g}" if name in THRESHOLDS else f"{name} (primary)" for name in OBJECTIVES]
+    table = new_table("Win rate against the base model, 95% interval over held-out prompts", "", *headings, "words")
+    marks = {
+        "met": "[green]✓[/]",
+        "missed": "[red]✗[/]",
+        "missed within the interval": "[yellow]~[/]",
+        "maximised": " ",
+    }
     for model, row in results["models"].items():
-        cells = [f"{_interval(row[k])}{marks.get(row[k]['verdict'], '')}" if k in row else "0.50" for k in OBJECTIVES]
+        cells = [f"{_interval(row[k])} {marks[row[k]['verdict']]}" if k in row else "0.50" for k in OBJECTIVES]
         table.add_row(model, *cells, f"{row['words']:.0f}")
     table.caption = "✓ threshold met  ~ missed, but inside the interval  ✗ missed beyond the interval"
     return table
 
 
 def _difference_table(results: Mapping[str, Any]) -> Table:
-    table = Table(title=f"{MOPO} − {ALONE}, paired by prompt", title_justify="left")
-    for name in OBJECTIVES:
-        table.add_column(name)
-    table.add_row(*(_interval(results["difference"][name], "+.2f") for name in OBJECTIVES))
+    table = new_table("What the thresholds changed, paired by prompt", "", *OBJECTIVES)
+    table.add_row(f"{MOPO} − {ALONE}", *(_interval(results["difference"][name], "+.2f") for name in OBJECTIVES))
     return table
 
 
 def _interval(values: Mapping[str, Any], spec: str = ".2f") -> str:
-    return f"{values['mean']:{spec}} \\[{values['low']:{spec}}, {values['high']:{spec}}]"
+    bounds = f"{values['low']:{spec}}, {values['high']:{spec}}".replace("0.", ".")  # three columns in 80 characters
+    return f"{values['mean']:{spec}} \\[{bounds}]"
 
 
 def _print_texts(console: Console, prompts: Sequence[str], texts: Mapping[str, Sequence[Sequence[str]]]) -> None:
