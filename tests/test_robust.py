@@ -61,9 +61,10 @@ def test_bound_of_a_constant_is_the_constant():
         assert robust_bound(values, ref_weights, eps)[0].item() == pytest.approx(0.3, abs=1e-15)
 
 
-def test_bound_ignores_values_without_weight():
-    with_ghost = robust_bound(tensor([-5.0, 0.4, 0.9]), tensor([0.0, 0.5, 0.5]), 0.1)
-    without = robust_bound(tensor([0.4, 0.9]), tensor([0.5, 0.5]), 0.1)
+@pytest.mark.parametrize("eps", [0.1, 1.0])  # 1.0: the ball reaches the smallest value that has weight
+def test_bound_ignores_values_without_weight(eps):
+    with_ghost = robust_bound(tensor([-5.0, 0.4, 0.9]), tensor([0.0, 0.5, 0.5]), eps)
+    without = robust_bound(tensor([0.4, 0.9]), tensor([0.5, 0.5]), eps)
     torch.testing.assert_close(with_ghost, without, **EXACT)
 
 
