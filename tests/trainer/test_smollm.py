@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mopo_trainer import smollm
 from mopo_trainer.smollm import DIRECTORY, ModelUnavailable, default_cache, smollm2
 
-
 PIP_FAILS = "WARNING: retrying\nERROR: no matching thing\n[notice] a new pip is there\n"
 
 
