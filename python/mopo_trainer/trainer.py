@@ -104,7 +104,7 @@ class MOPOTrainer(Trainer):
         self.pad_token_id = pad_token_id
         self.reference: dict[str, Tensor] = {}  # log-probs [M]: train, eval of π_ref0; lag of π_lag; now, the next lag
         self._resumed = False
-        self._steps = _StepRecord()
+        self.record = StepRecord()
         self._staging: Path | None = None
         super().__init__(
             model=model,
@@ -166,7 +166,7 @@ class MOPOTrainer(Trainer):
                 backend=args.backend,
                 **head.options,
             )
-        self._steps.add(labels, output, all_tokens=int(inputs["attention_mask"].sum()), tokens=packed.tokens)
+        self.record.add(labels, output, all_tokens=int(inputs["attention_mask"].sum()), tokens=packed.tokens)
         return (output.loss, output) if return_outputs else output.loss
 
     def _reference_logp(self, response: Tensor, device: torch.device) -> Tensor | None:
@@ -199,7 +199,7 @@ class MOPOTrainer(Trainer):
 
         The new reference is the policy as it was one lag ago (arXiv 2505.10892, Algorithm 1), scored then.
         """
-        self.dual.update(*self._steps.labels())
+        self.dual.update(*self.record.labels())
         if self.dual.lag_due:
             self.reference["lag"] = self.reference.get("now", self.reference["train"])
             self.reference["now"] = self._response_logps(self.train_groups, description="Reference refresh")
@@ -287,7 +287,7 @@ class MOPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the step's objectives, multipliers and token counts to the training logs."""
         if "loss" in logs:
-            logs |= self._steps.metrics(self.dual, self.accelerator)
+            logs |= self.record.metrics(self.dual, self.accelerator)
         super().log(logs, start_time)
 
     # --------------------------------------------------------------------------------------------- checkpoints
@@ -373,7 +373,7 @@ class StepLabels(NamedTuple):
         return StepLabels(self.win_rate.to(device), self.group.to(device), lag)
 
 
-class _StepRecord:
+class StepRecord:
     """What the micro-batches of the running step hold for the dual, and of the steps since the last log for the log."""
 
     def __init__(self) -> None:
@@ -381,6 +381,11 @@ class _StepRecord:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._tokens = {"tokens": 0, "skipped_tokens": 0}
         self._since = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """Tokens per second count from the first step after a log: evaluation and reference passes are not training."""
+        if not self._values:
+            self._since = time.perf_counter()
 
     def add(self, labels: StepLabels, output: MOPOOutput, *, all_tokens: int, tokens: int) -> None:
         self._labels.append(labels)
@@ -423,7 +428,6 @@ class _StepRecord:
                 logs[f"slack/{name}"] = logs[f"bound/{name}"] - thresholds[name]
         self._values.clear()
         self._tokens = {"tokens": 0, "skipped_tokens": 0}
-        self._since = time.perf_counter()
         return logs
 
 

@@ -138,6 +138,14 @@ def test_sharing_prompts_trains_the_same_model_with_fewer_tokens(tmp_path, tiny_
     assert skipped[1] > skipped[0]
 
 
+def test_tokens_per_second_counts_training_only(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs)
+    trainer.record._since -= 3600  # an hour of preparation before the first step
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["tokens_per_second"] > 10
+
+
 def test_logs_carry_every_objective(tmp_path, tiny_model, tokenizer, pairs):
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, eps="0.01")
     trainer.train()
