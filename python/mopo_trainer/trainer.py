@@ -357,6 +357,11 @@ class DualCallback(TrainerCallback):
     ) -> None:
         self.trainer.start_dual()
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.record.start_clock()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.step_dual()
 
