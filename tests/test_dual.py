@@ -16,6 +16,7 @@ from mopo_kernels.objective import mopo_objective, win_rate_from_pairs
 from mopo_kernels.robust import robust_bound
 
 RESIDUAL = 1e-8  # what solve_dual promises
+NEWTON_STEPS = 10  # quadratic convergence takes 3 to 8 here; a wrong derivative three times as many
 
 
 KINDS = pytest.mark.parametrize(
@@ -54,6 +55,7 @@ def test_multipliers_are_those_of_a_generic_solver(kind, primary):
     assert (multipliers > 1e-3).any(), "no threshold binds: the case tests nothing"
     np.testing.assert_allclose(multipliers, reference.x, atol=1e-4)  # scipy's accuracy with numerical gradients
     assert solution.value == pytest.approx(reference.fun, abs=1e-9)
+    assert solution.iterations <= NEWTON_STEPS
 
     win_rates = oracle.win_rates(multipliers)
     np.testing.assert_allclose(solution.win_rates, win_rates, atol=1e-12)
@@ -75,6 +77,7 @@ def test_robust_multipliers_are_those_of_a_generic_solver(kind, eps):
     lower_bounds = oracle.lower_bounds(multipliers, eps)
     np.testing.assert_allclose(solution.lower_bounds[1:], lower_bounds, atol=1e-9)
     assert np.abs(np.minimum(multipliers, lower_bounds - thresholds.numpy())).max() <= RESIDUAL
+    assert solution.iterations - solve(labels, thresholds).iterations <= NEWTON_STEPS
 
     def fischer_burmeister(free):
         slack = oracle.lower_bounds(np.abs(free), eps) - thresholds.numpy()
@@ -152,6 +155,13 @@ def test_identical_groups_count_as_often_as_they_stand_there(eps):
         rtol=0,
         atol=1e-7,
     )
+
+
+def test_groups_that_the_projection_confuses_are_kept_apart(monkeypatch):
+    labels = data(sizes=(2,), hard=True, groups=200)
+    expected = solve(labels, [0.5, 0.5]).multipliers
+    monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.zeros(*size, dtype=dtype))
+    torch.testing.assert_close(solve(labels, [0.5, 0.5]).multipliers, expected)
 
 
 def test_no_threshold_is_no_constraint():
