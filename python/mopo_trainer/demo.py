@@ -80,7 +80,7 @@ class Settings:
     # A bound on the labels has to hold on other prompts: with 500 responses this radius, χ²(1; 0.90) / (2 · 500), makes
     # the robust bound a lower 95% confidence bound of the win rate (empirical likelihood, Duchi et al. 2021).
     eps: float = 0.0027
-    # Of four responses this keeps 1.0 (primary alone) to 1.8 (three objectives); 0.5% of the weight is dropped.
+    # Of four responses this keeps 1.0 (primary alone) or 1.6 (under thresholds); 1.5% of the weight is dropped.
     min_weight: float = 0.05
     test_fraction: float = 0.25
     num_samples: int = 4  # per held-out prompt and model
