@@ -1,6 +1,6 @@
 """Is what the log-probs imply also what the model writes? After `mopo train CONFIG.yaml`, on the held-out groups:
 
-    python bench/real_data.py examples/qa-feedback.yaml bench/results/qa-feedback
+    python bench/real_data.py examples/qa-feedback.yaml bench/results/qa-feedback [OPTIONS OF mopo train]
 
 - win rates implied by log π − log π_ref, summed over the response (what `evaluate` logs) and per token;
 - texts sampled from the model with its adapter on and off, compared by the objectives that are scorers.
@@ -29,12 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the YAML file that the run was made with")
     parser.add_argument("output", type=Path, help="directory for evaluation.json")
-    parser.add_argument("--samples", type=int, default=2, help="texts per held-out prompt and model")
+    parser.add_argument("--samples", type=int, default=2, help="texts per held-out prompt and model; 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("overrides", nargs="*", help="options of mopo train after --, as the run had them")
-    options = parser.parse_args()
+    options, overrides = (
+        parser.parse_known_args()
+    )  # whatever else is given are options of mopo train, as the run had them
 
-    script, config = parse_arguments([options.config, *options.overrides])
+    script, config = parse_arguments([options.config, *overrides])
     scorers = load_scorers(config.scorers or [])
     _, held_out = load_groups(script, config)
     base, tokenizer = load_model(script)
@@ -43,8 +44,9 @@ def main() -> None:
     found = {
         "groups": len(held_out),
         "implied": implied(model, tokenizer, held_out, names, config),
-        "sampled": sampled(model, tokenizer, held_out, scorers, config, options),
     }
+    if options.samples:
+        found["sampled"] = sampled(model, tokenizer, held_out, scorers, config, options)
     write_json(options.output / "evaluation.json", found)
     print(json.dumps(found, indent=1))
 
