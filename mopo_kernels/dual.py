@@ -354,6 +354,8 @@ def _evaluate(problem: _Problem, free: Tensor) -> _Point:
 
 def _line_search(problem: _Problem, point: _Point) -> _Point | None:
     direction = _direction(point)
+    if not direction.any():  # the pivoting found no way out: a bound falls in its own multiplier
+        return None
     rounding = 4e-15 * (1 + float(point.free.sum()))
     # A residual must fall by a good part of what Newton's model promises, lest the search creep where there is no root
     # (then the path takes over); the convex dual has its minimum however short the steps.
@@ -384,7 +386,7 @@ def _direction(point: _Point) -> Tensor:  # [C]
             break
         moving[wrong.nonzero()[0]] ^= True
     longest = max(1.0, 3 * float(free.max()))
-    return direction * min(1.0, longest / float(direction.abs().max()))
+    return direction * (longest / max(longest, float(direction.abs().max())))
 
 
 def _solve_scaled(matrix: Tensor, right: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ KINDS = pytest.mark.parametrize(
     [
         pytest.param({"sizes": (2,)}, id="pairs"),
         pytest.param({"sizes": (2,), "hard": True, "groups": 200}, id="hard pairs, collapsed"),
+        pytest.param(
+            {"sizes": (2,), "hard": True, "groups": 200, "lag": True}, id="hard pairs, none alike for their lag"
+        ),
         pytest.param({}, id="ragged"),
         pytest.param({"unlabelled": 0.3}, id="unlabelled"),
         pytest.param({"lag": True}, id="lag"),
@@ -164,6 +167,17 @@ def test_groups_that_the_projection_confuses_are_kept_apart(monkeypatch):
     torch.testing.assert_close(solve(labels, [0.5, 0.5]).multipliers, expected)
 
 
+def test_a_group_labelled_zero_is_not_taken_for_an_unlabelled_one():
+    hard = win_rate_from_pairs(tensor([[1.0, 0.0]] * 6 + [[0.0, 1.0]] * 5))
+    zero, unlabelled = hard.clone(), hard.clone()
+    zero[[0, 11, 1, 12], 1] = tensor([0.0, 0.0, 0.0, 0.0])
+    unlabelled[[0, 11, 1, 12], 1] = tensor([None, None, 0.0, 0.0])
+    group = torch.arange(11).repeat(2)
+    for labels in (zero, unlabelled):
+        expected = Oracle(labels, group, None).win_rates([0.0])
+        np.testing.assert_allclose(solve_dual(labels, group, [-math.inf], tau=TAU).win_rates, expected, atol=1e-12)
+
+
 def test_no_threshold_is_no_constraint():
     labels = data()
     free = solve(labels, [-math.inf, -math.inf])
@@ -207,30 +221,48 @@ def test_a_threshold_nobody_reaches_alone():
     assert f"objective 2 must reach {best + 0.01:.6g}, but at most {best:.6g} is attainable" in str(error.value)
 
 
-def test_thresholds_that_exclude_each_other():
+def best_beside(win_rate, group, objective, others):
+    """The largest win rate of one objective under thresholds {objective: value} of others, by linear programming."""
+    members = [group == i for i in group.unique()]
+    reference = linprog(
+        -win_rate[:, objective].numpy() / len(members),
+        A_ub=[-win_rate[:, other].numpy() / len(members) for other in others],
+        b_ub=[-threshold for threshold in others.values()],
+        A_eq=np.stack([m.double().numpy() for m in members]),
+        b_eq=np.ones(len(members)),
+    )
+    return -reference.fun
+
+
+@pytest.mark.parametrize("max_multiplier", [1e4, 1e200])  # 1e200: proven by weak duality, long before it is reached
+def test_thresholds_that_exclude_each_other(max_multiplier):
     win_rate, group, _ = data()
     best = attainable_range(win_rate, group, tau=TAU)[1]
     thresholds = [float(best[1]) - 0.01, float(best[2]) - 0.01]
     with pytest.raises(InfeasibleThresholds) as error:
-        solve_dual(win_rate, group, thresholds, tau=TAU)
+        solve_dual(win_rate, group, thresholds, tau=TAU, max_multiplier=max_multiplier)
     blamed = error.value.objective
     other = 3 - blamed
     assert error.value.threshold == thresholds[blamed - 1]
-
-    members = [group == i for i in group.unique()]
-    one_policy_each = np.stack([m.double().numpy() for m in members])
-    reference = linprog(
-        -win_rate[:, blamed].numpy() / len(members),
-        A_ub=-win_rate[None, :, other].numpy() / len(members),
-        b_ub=[-thresholds[other - 1]],
-        A_eq=one_policy_each,
-        b_eq=np.ones(len(members)),
-    )
-    assert error.value.attainable == pytest.approx(-reference.fun, abs=1e-4)
+    attainable = best_beside(win_rate, group, blamed, {other: thresholds[other - 1]})
+    assert error.value.attainable == pytest.approx(attainable, abs=1e-4)
     just_below = list(thresholds)
-    just_below[blamed - 1] = -reference.fun - 1e-4
+    just_below[blamed - 1] = attainable - 1e-4
     solution = solve_dual(win_rate, group, just_below, tau=TAU)
     assert (solution.win_rates[1:] >= tensor(just_below) - RESIDUAL).all()
+
+
+def test_of_three_thresholds_that_exclude_each_other_the_blamed_one_fails_beside_one_that_holds():
+    win_rate, group, _ = data(objectives=4)
+    best = attainable_range(win_rate, group, tau=TAU)[1]
+    thresholds = (best[1:] - 0.01).tolist()
+    with pytest.raises(InfeasibleThresholds) as error:
+        solve_dual(win_rate, group, thresholds, tau=TAU)
+    blamed = error.value.objective
+    beside = [
+        best_beside(win_rate, group, blamed, {other: thresholds[other - 1]}) for other in (1, 2, 3) if other != blamed
+    ]
+    assert min(abs(error.value.attainable - value) for value in beside) < 1e-4
 
 
 def test_a_bound_that_nobody_reaches():
@@ -248,6 +280,16 @@ def test_a_bound_that_nobody_reaches():
     solution = solve(labels, [best - 1e-4], eps=eps)
     first = next(m for m in np.linspace(0, 20, 20001) if oracle.lower_bounds([m], eps)[0] >= best - 1e-4)
     assert solution.multipliers[1].item() == pytest.approx(first, abs=1e-3), "the smaller of two solutions"
+
+
+def test_of_two_robust_solutions_the_smaller_is_returned():
+    """Here Newton's method from the solution at eps = 0 oversteps the peak of the bound, and ends at 3.9."""
+    labels = data(seed=326, groups=5, sizes=(2, 3, 5), objectives=2)
+    eps = 0.05
+    threshold = float(between(labels, 0.9, eps=eps)[0])
+    oracle = Oracle(*labels)
+    first = next(m for m in np.linspace(0, 5, 5001) if oracle.lower_bounds([m], eps)[0] >= threshold)
+    assert solve(labels, [threshold], eps=eps).multipliers[1].item() == pytest.approx(first, abs=1e-3)
 
 
 def test_attainable_range_runs_from_the_free_to_the_best_value():
