@@ -22,7 +22,7 @@ demo: $(STAMP)  ## the main job: align a small model under thresholds, under ten
 	$(BIN)/mopo demo --output runs/demo
 
 test: lint  ## lint, then every test that is not slow
-	$(BIN)/python -m pytest -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" tests
 
 test-slow: $(STAMP)  ## the minutes-long checks
 	$(BIN)/python -m pytest -m slow tests
