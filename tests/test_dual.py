@@ -178,6 +178,15 @@ def test_a_group_labelled_zero_is_not_taken_for_an_unlabelled_one():
         np.testing.assert_allclose(solve_dual(labels, group, [-math.inf], tau=TAU).win_rates, expected, atol=1e-12)
 
 
+def test_labels_that_nearly_repeat_each_other():
+    """Five hard pairs and five objectives: which multipliers rest at zero cannot be told from one step's signs."""
+    labels = data(seed=1239, groups=5, sizes=(2,), objectives=5, hard=True, lag=True, unlabelled=0.1)
+    thresholds = tensor([0.158606756238, 0.909010367458, 0.265891711678, 0.363390308492])
+    solution = solve(labels, thresholds)
+    slack = solution.win_rates[1:] - thresholds
+    assert torch.minimum(solution.multipliers[1:], slack).abs().max() <= RESIDUAL
+
+
 def test_no_threshold_is_no_constraint():
     labels = data()
     free = solve(labels, [-math.inf, -math.inf])
@@ -219,6 +228,14 @@ def test_a_threshold_nobody_reaches_alone():
     assert error.value.threshold == pytest.approx(best + 0.01)
     assert error.value.attainable == pytest.approx(best)
     assert f"objective 2 must reach {best + 0.01:.6g}, but at most {best:.6g} is attainable" in str(error.value)
+
+
+def test_a_threshold_nobody_reaches_is_compared_with_the_bound_where_there_is_a_ball():
+    labels = data(groups=10)
+    _, best = attainable_range(labels[0], labels[1], tau=TAU, eps=0.02)
+    with pytest.raises(InfeasibleThresholds) as error:
+        solve(labels, [-math.inf, 0.99], eps=0.02)
+    assert error.value.attainable == pytest.approx(float(best[2]))
 
 
 def best_beside(win_rate, group, objective, others):
@@ -282,9 +299,15 @@ def test_a_bound_that_nobody_reaches():
     assert solution.multipliers[1].item() == pytest.approx(first, abs=1e-3), "the smaller of two solutions"
 
 
-def test_of_two_robust_solutions_the_smaller_is_returned():
-    """Here Newton's method from the solution at eps = 0 oversteps the peak of the bound, and ends at 3.9."""
-    labels = data(seed=326, groups=5, sizes=(2, 3, 5), objectives=2)
+@pytest.mark.parametrize(
+    ("seed", "sizes"),
+    [
+        pytest.param(326, (2, 3, 5), id="Newton from the solution at eps 0 oversteps the peak, to 3.9"),
+        pytest.param(104, (2,), id="the bound falls before it rises, so no path leads there"),
+    ],
+)
+def test_of_two_robust_solutions_the_smaller_is_returned(seed, sizes):
+    labels = data(seed=seed, groups=5, sizes=sizes, objectives=2)
     eps = 0.05
     threshold = float(between(labels, 0.9, eps=eps)[0])
     oracle = Oracle(*labels)
