@@ -227,6 +227,11 @@ class MOPOTrainer(Trainer):
         """log π_ref0, from the cache if the same model has scored the same tokens."""
         plain = self.accelerator.unwrap_model(self.model)
         adapter = hasattr(plain, "disable_adapter")
+        if not adapter and self.state.global_step > 0:
+            raise ValueError(
+                f"the {split} data need the log-probs of the policy before training, which this run has overwritten; "
+                "give them as eval_dataset when the trainer is made, or train an adapter"
+            )
         weights = parameters_fingerprint(plain, lambda parameter: not (adapter and parameter.requires_grad))
         directory = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference")
         file = directory / f"{weights[:16]}-{groups.fingerprint()[:16]}.safetensors"
@@ -251,6 +256,10 @@ class MOPOTrainer(Trainer):
 
         Returns:
             {prefix}_loss, and per objective {prefix}_win_rate/NAME and {prefix}_agreement/NAME.
+
+        Raises:
+            ValueError: no data; or, once a run without an adapter has moved the weights, data that were not given when
+                the trainer was made: nothing is left to measure the policy against.
         """
         groups, reference = self.eval_groups, self.reference.get("eval")
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:

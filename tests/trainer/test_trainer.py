@@ -246,6 +246,17 @@ def test_evaluate_says_what_log_probs_imply(tmp_path, tiny_model, tokenizer, pai
     assert after["eval_loss"] < before["eval_loss"]
 
 
+def test_evaluate_on_new_rows_needs_a_reference_that_is_still_there(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path / "full", copy.deepcopy(tiny_model), tokenizer, pairs)
+    trainer.train()
+    with pytest.raises(ValueError, match="give them as eval_dataset when the trainer is made"):
+        trainer.evaluate(pairs[:4])  # against the trained weights every win rate would be the mean label
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    adapted = make(tmp_path / "lora", tiny_model, tokenizer, pairs, peft_config=lora, max_steps=12)
+    adapted.train()
+    assert adapted.evaluate(pairs[:4])["eval_win_rate/friendly"] > 0.6
+
+
 def test_infeasible_thresholds_stop_before_the_first_step(tmp_path, tiny_model, tokenizer, pairs):
     for row in pairs:
         row["preference"]["brief"] = 0.5
