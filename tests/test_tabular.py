@@ -62,14 +62,17 @@ def test_no_policy_nearby_is_feasible_and_better(primary):
 
 def test_a_response_outside_the_reference_stays_outside():
     preference, mu, pi_ref = problem()
-    pi_ref[2] = 0
+    pi_ref[0] = 0
     pi_ref /= pi_ref.sum()
-    policy = solve_tabular(preference, mu, pi_ref, [-math.inf, -math.inf], tau=0.1).policy
-    assert policy[2] == 0
-    assert policy.sum().item() == pytest.approx(1)
-    inside = [0, 1, 3, 4]
+    free = solve_tabular(preference, mu, pi_ref, [-math.inf, -math.inf], tau=0.1)
+    inside = [1, 2, 3, 4]
     expected = ((preference[0] @ mu)[inside] / 0.1 + pi_ref[inside].log()).softmax(0)
-    torch.testing.assert_close(policy[inside], expected)
+    assert free.policy[0] == 0
+    torch.testing.assert_close(free.policy[inside], expected)
+    bound = solve_tabular(preference, mu, pi_ref, [float(free.win_rates[1]) + 0.02, -math.inf], tau=0.1)
+    assert bound.policy[0] == 0
+    assert bound.multipliers[1] > 0
+    assert bound.value < free.value
 
 
 def test_infeasible_thresholds_name_the_best_attainable():
