@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from mopo_kernels import robust
 from mopo_kernels.robust import robust_bound
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # two float64 evaluation orders of the same sums
@@ -66,6 +67,16 @@ def test_bound_ignores_values_without_weight(eps):
     with_ghost = robust_bound(tensor([-5.0, 0.4, 0.9]), tensor([0.0, 0.5, 0.5]), eps)
     without = robust_bound(tensor([0.4, 0.9]), tensor([0.5, 0.5]), eps)
     torch.testing.assert_close(with_ghost, without, **EXACT)
+
+
+@pytest.mark.parametrize("eps", [1e-7, 1e-3, 0.15])
+def test_newton_takes_a_few_steps(monkeypatch, eps):
+    """From the paper's radius down to the automatic one; a wrong slope would take dozens."""
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ref_weights = torch.full_like(values, 1e-3)
+    expected = robust_bound(values, ref_weights, eps)
+    monkeypatch.setattr(robust, "MAX_ROOT_STEPS", 6)
+    torch.testing.assert_close(robust_bound(values, ref_weights, eps), expected, rtol=1e-8, atol=0)
 
 
 def test_bounds_of_a_stack_are_those_of_its_rows():
