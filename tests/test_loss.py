@@ -85,6 +85,19 @@ def test_index_stands_for_the_sequences_that_are_there():
     torch.testing.assert_close(gradients(output, part)[0], gradients(whole, b)[0][index])
 
 
+def test_a_heavy_sequence_that_index_leaves_out_is_dropped_and_reported():
+    b = batch(hard=False)
+    weights = mopo_weights(b["win_rate"], b["group"], b["multipliers"], tau=TAU)
+    heavy = int(weights.argmax())
+    index = torch.tensor([i for i in range(B) if i != heavy])
+    part = {**b, "hidden": b["hidden"].detach()[index].requires_grad_(), "target": b["target"][index]}
+    output = mopo_loss(**part, tau=TAU, min_weight=0.0, index=index)
+    assert output.logp.isnan().nonzero().tolist() == [[heavy]]
+    torch.testing.assert_close(output.dropped_mass, weights[heavy] / 3)
+    logp = sequence_logprob(b["hidden"], b["weight"], b["target"])
+    torch.testing.assert_close(output.loss, -(weights * logp)[index].sum() / 3)
+
+
 def test_padding_and_batch_order_do_not_matter():
     b = batch(hard=False)
     expected = mopo_loss(**b, tau=TAU)

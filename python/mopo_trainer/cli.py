@@ -216,6 +216,7 @@ def _add_label_options(parser: Parser) -> None:
     parser.add_argument("--primary", metavar="NAME", help="objective to maximise (default: the first in the data)")
     parser.add_argument(
         "--threshold",
+        "--thresholds",
         action="append",
         default=[],
         metavar="NAME=WIN_RATE",
@@ -226,6 +227,7 @@ def _add_label_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--scorer",
+        "--scorers",
         action="append",
         default=[],
         metavar="SPEC",
@@ -236,7 +238,11 @@ def _add_label_options(parser: Parser) -> None:
         "--eps", type=_eps, default=0.0, metavar="E", help="radius of the robust bound, or auto (default 0)"
     )
     parser.add_argument(
-        "--rating-scale", type=float, metavar="S", help="P = sigmoid(rating difference / S) instead of 1, 1/2, 0"
+        "--rating-scale",
+        "--rating_scale",
+        type=float,
+        metavar="S",
+        help="P = sigmoid(rating difference / S) instead of 1, 1/2, 0",
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
     parser.add_argument("--adapter", metavar="NAME", help="read FILE as this public data set instead of guessing")

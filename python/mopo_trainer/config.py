@@ -29,7 +29,11 @@ class MOPOConfig(TrainingArguments):
     primary: str | None = field(default=None, metadata={"help": "Name of the objective to maximise."})
     thresholds: list[str] | None = field(
         default=None,
-        metadata={"help": "Win rates to hold for the secondaries: `--thresholds brevity=0.6 plain_language=0.5`."},
+        metadata={
+            "help": "Win rates to hold for the secondaries: `--thresholds brevity=0.6 plain_language=0.5`.",
+            "aliases": ["--threshold"],
+            "action": "extend",
+        },
     )
     tau: float = field(default=0.08, metadata={"help": "Temperature of the KL penalty (paper: 0.08)."})
     eps: str = field(
@@ -62,7 +66,7 @@ class MOPOConfig(TrainingArguments):
     )
     chi_lr: float = field(default=0.1, metadata={"help": "sgd: step size of the robust bound's variable."})
     barrier_sigma: float = field(default=0.01, metadata={"help": "barrier: strength, multiplier = sigma / slack."})
-    barrier_delta: float = field(default=0.01, metadata={"help": "barrier: slack below which it is extended."})
+    barrier_delta: float = field(default=0.02, metadata={"help": "barrier: slack below which it is extended."})
     min_weight: float = field(
         default=1e-5, metadata={"help": "clone: responses of this weight or less never enter the model."}
     )
@@ -80,7 +84,11 @@ class MOPOConfig(TrainingArguments):
     )
     scorers: list[str] | None = field(
         default=None,
-        metadata={"help": "Objectives computed from the text: `brevity`, `short=brevity`, `name=module:function`."},
+        metadata={
+            "help": "Objectives computed from the text: `brevity`, `short=brevity`, `name=module:function`.",
+            "aliases": ["--scorer"],
+            "action": "extend",
+        },
     )
     rating_scale: float | None = field(
         default=None, metadata={"help": "P = sigmoid(rating difference / scale) instead of 1, ½, 0."}

@@ -186,7 +186,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConf
     if "-h" in arguments or "--help" in arguments:
         parser.hide_inherited()
     if arguments and not arguments[0].startswith("-"):
-        arguments = [*_yaml_arguments(Path(arguments[0]), parser), *arguments[1:]]
+        arguments = [*_yaml_arguments(Path(arguments[0]), parser, replaced=_named(arguments[1:])), *arguments[1:]]
     script, config, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -197,8 +197,16 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConf
     return script, config
 
 
-def _yaml_arguments(path: Path, parser: TrainParser) -> list[str]:
-    """The content of a YAML file as command-line arguments, so that both are checked in one place."""
+def _named(arguments: Sequence[str]) -> set[str]:
+    """The options that a command line names."""
+    names = {
+        argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument.startswith("--")
+    }
+    return names | {f"{name}s" for name in names & {"threshold", "scorer"}}
+
+
+def _yaml_arguments(path: Path, parser: TrainParser, replaced: set[str]) -> list[str]:
+    """The content of a YAML file, less `replaced`, as command-line arguments: both are checked in one place."""
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: mopo train takes a .yaml file and --options")
     try:
@@ -214,7 +222,7 @@ def _yaml_arguments(path: Path, parser: TrainParser) -> list[str]:
     for key, value in content.items():
         if key not in options:
             raise ValueError(f"{path}: unknown key {key!r}{_suggestion(str(key), parser)}")
-        arguments += _as_arguments(key, value)
+        arguments += [] if key in replaced else _as_arguments(key, value)
     return arguments
 
 

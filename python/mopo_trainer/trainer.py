@@ -188,7 +188,7 @@ class MOPOTrainer(Trainer):
         """Before the first step: reference log-probs where the run needs them, then the multipliers on all labels."""
         if self._resumed:
             return
-        if self.args.policy_step != "clone" or self.args.lag_steps is not None:
+        if self._needs_reference():
             self.reference["train"] = self._initial_logps(self.train_groups, "train")
         if self.eval_groups is not None:
             self.reference["eval"] = self._initial_logps(self.eval_groups, "eval")
@@ -254,6 +254,8 @@ class MOPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss, and what the policy's log-probs imply about the labels (`mopo_trainer.evaluate.label_win_rates`).
 
+        Both against the initial policy, after a lag refresh too.
+
         Returns:
             {prefix}_loss, and per objective {prefix}_win_rate/NAME and {prefix}_agreement/NAME.
 
@@ -294,7 +296,11 @@ class MOPOTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the step's objectives, multipliers and token counts to the training logs."""
+        """Adds the step's objectives, multipliers and token counts to the training logs.
+
+        win_rate, bound, slack and kl are those of the target, the weighted responses of the batch, which the policy is
+        trained towards; `evaluate` says where the policy itself is.
+        """
         if "loss" in logs:
             logs |= self.record.metrics(self.dual, self.accelerator)
         super().log(logs, start_time)
@@ -351,8 +357,28 @@ class MOPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
+        self._check_resumable(state, resume_from_checkpoint)
         self.dual.load_state_dict({k.removeprefix("dual."): v for k, v in state.items() if k.startswith("dual.")})
         self.reference = {k.removeprefix("reference."): v for k, v in state.items() if k.startswith("reference.")}
+
+    def _check_resumable(self, state: Mapping[str, Tensor], checkpoint: str) -> None:
+        """Raises ValueError where the arguments have changed in a way that the checkpoint's state cannot follow."""
+        saved = dict(zip(self.dual.secondaries, state["dual.floors"].tolist(), strict=True))
+        wanted = dict(zip(self.dual.secondaries, self.dual.floors.tolist(), strict=True))
+        changed = [f"{name} {saved[name]:g} → {wanted[name]:g}" for name in saved if saved[name] != wanted[name]]
+        if changed:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: its run had other thresholds ({', '.join(changed)}); "
+                "resume with the same, or start a new run from its model"
+            )
+        if self._needs_reference() and "reference.train" not in state:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: it holds no reference log-probs, which policy_step="
+                f"{self.args.policy_step!r} or lag_steps need; resume with the options it was written with"
+            )
+
+    def _needs_reference(self) -> bool:
+        return self.args.policy_step != "clone" or self.args.lag_steps is not None
 
 
 class DualCallback(TrainerCallback):

@@ -134,6 +134,24 @@ def test_scorers_add_objectives_and_are_not_applied_twice(setup):
     assert config.scorers is None
 
 
+def test_one_option_in_either_spelling_and_as_often_as_wanted(setup):
+    options = [
+        "--threshold",
+        "brief=0.3",
+        "--threshold",
+        "brevity=0.2",
+        "--scorer",
+        "brevity",
+        "--scorer",
+        "friendliness",
+    ]
+    _, config = parse_arguments(["config.yaml", *options])
+    assert config.threshold_map() == {"brief": 0.3, "brevity": 0.2}  # instead of the file's
+    assert config.scorers == ["brevity", "friendliness"]
+    _, config = parse_arguments(["config.yaml", "--thresholds", "brief=0.3", "brevity=0.2"])
+    assert config.threshold_map() == {"brief": 0.3, "brevity": 0.2}
+
+
 def test_a_subset_and_a_name_for_unlabelled_pairs(setup):
     rows = [{"prompt": f"{i}?", "chosen": "Yes, sir.", "rejected": "No."} for i in range(6)]
     Path("bare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

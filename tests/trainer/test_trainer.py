@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from mopo_kernels import InfeasibleThresholds, mopo_weights, solve_dual
+from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
 from mopo_trainer.config import MOPOConfig
 from mopo_trainer.trainer import MOPOTrainer
 
@@ -296,3 +296,56 @@ def test_softcap_and_scale_come_from_the_model_config(tmp_path, tiny_model, toke
     tiny_model.config.final_logit_softcapping = 0.01
     capped = trainer.compute_loss(tiny_model, batch)
     assert (capped - plain).abs() > 1e-3
+
+
+def test_resuming_with_other_arguments_is_refused(tmp_path, tiny_model, tokenizer, pairs):
+    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, **saved).train()
+    changed = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, thresholds=["brief=0.3"])
+    with pytest.raises(ValueError, match=r"had other thresholds \(brief 0.4 → 0.3\)"):
+        changed.train(resume_from_checkpoint=True)
+    changed = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, lag_steps=1)
+    with pytest.raises(ValueError, match="holds no reference log-probs"):
+        changed.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("policy_step", ["contrast", "regress"])
+def test_after_a_refresh_the_loss_is_against_the_lag_policy(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+    trainer = make(
+        tmp_path, tiny_model, tokenizer, pairs, policy_step=policy_step, per_device_train_batch_size=8, lag_clip=0.5
+    )
+    trainer.start_dual()
+    trainer.reference["lag"] = trainer.reference["train"] + torch.linspace(-2, 2, 16, dtype=torch.float64)
+    loss = trainer.compute_loss(tiny_model, first_batch(trainer))
+    labels = trainer.train_groups
+    expected = mopo_objective(
+        token_logps(tiny_model, trainer).double(),
+        labels.win_rate,
+        labels.group,
+        trainer.dual.multipliers,
+        tau=0.08,
+        ref_logp=trainer.reference["lag"],
+        lag_log_ratio=(trainer.reference["lag"] - trainer.reference["train"]).clamp(-0.5, 0.5),
+        policy_step=policy_step,
+    )
+    torch.testing.assert_close(loss.double(), expected.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_keep_their_groups_apart(tmp_path, tiny_model, tokenizer, pairs):
+    def multipliers(name, **options):
+        trainer = make(
+            tmp_path / name,
+            copy.deepcopy(tiny_model),
+            tokenizer,
+            pairs,
+            dual_update="sgd",
+            multiplier_lr=0.5,
+            **options,
+        )
+        trainer.train()
+        return trainer.dual.multipliers
+
+    whole = multipliers("whole", per_device_train_batch_size=8)
+    parts = multipliers("parts", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    assert whole[1] > 0
