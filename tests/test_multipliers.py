@@ -52,6 +52,31 @@ def test_primary_may_stand_anywhere_and_thresholds_follow_names():
     assert module.slack[0] == math.inf
 
 
+@pytest.mark.parametrize("update", ["sgd", "barrier"])
+def test_steps_follow_names_wherever_the_primary_stands(update):
+    win_rate, group, *_ = data(groups=8)
+    thresholds = {"harmless": 0.55, "short": 0.4}
+    options = {"primary": "help", "thresholds": thresholds, "tau": TAU, "eps": 0.02, "update": update}
+    last_first = [2, 0, 1]  # short, help, harmless
+    plain = MOPODual(NAMES, **options)
+    moved = MOPODual([NAMES[k] for k in last_first], **options)
+    for _ in range(3):
+        plain.update(win_rate, group)
+        moved.update(win_rate[:, last_first], group)
+    torch.testing.assert_close(moved.multipliers, plain.multipliers[last_first])
+    assert dict(zip(moved.secondaries, moved.slack.tolist(), strict=True)) == pytest.approx(
+        dict(zip(plain.secondaries, plain.slack.tolist(), strict=True))
+    )
+    assert (plain.multipliers[1:] > 0).any()
+
+
+def test_chi_stays_above_its_floor():
+    win_rate, group, *_ = data(groups=8)
+    module = dual({"harmless": 0.5}, update="sgd", eps=5.0, chi_lr=100.0, chi_min=0.25)
+    module.update(win_rate, group)
+    assert (module.chi == 0.25).all()
+
+
 def test_sgd_step_by_hand():
     labels = data(groups=8)
     module = dual({"harmless": 0.5, "short": 0.0}, update="sgd", eps=0.05, chi_lr=0.3, multiplier_lr=0.7)
