@@ -344,4 +344,4 @@ def _price_table(sweeps: Sequence[Mapping[str, Any]], primary: str, *, title: st
 
 
 def _number(value: float | None, spec: str = ".3f") -> str:
-    return "–" if value is None else f"{value:{spec}}"
+    return "–" if value is None else f"{round(value, 3) + 0.0:{spec}}"  # + 0.0: a rounding error is no −0.000

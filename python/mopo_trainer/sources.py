@@ -89,6 +89,8 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
 def _parse_json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except ValueError as error:
         raise DataError(
             f"{where}: not valid JSON ({error}); the line is cut short or damaged, write it again"
@@ -99,7 +101,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the name {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"the name {twice!r} stands twice in one object; rename or drop one")
     return unique
 
 
