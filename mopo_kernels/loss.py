@@ -8,7 +8,7 @@ loss        clone, contrast or regress               (mopo_objective)
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,45 +105,52 @@ def mopo_loss(
         here = kept if index is None else kept[index]
         target = target.masked_fill(~here.unsqueeze(-1), ignore_index)
 
+    options: dict[str, Any] = {
+        "average": average,
+        "bias": bias,
+        "temperature": temperature,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "ignore_index": ignore_index,
+        "grad_filter": grad_filter,
+        "workspace_bytes": workspace_bytes,
+    }
     linearised = None
     name = backends.choose("linear_logprob", hidden.device.type, backend).backend
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if name != "reference" and torch.is_grad_enabled() and differentiable:
         labels = PolicyTarget.of(
             target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize),
-            *(policy_step, tau, ref_logp),
+            policy_step,
+            tau,
+            ref_logp,
         )
         linearised, logp = fused_policy_loss(
-            *(hidden, weight, target, labels if index is None else labels.take(index), policy_step),
-            average=average,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-            grad_filter=grad_filter,
-            workspace_bytes=workspace_bytes,
+            hidden,
+            weight,
+            target,
+            labels if index is None else labels.take(index),
+            policy_step,
             backend=name,
+            **options,
         )
     else:
         logp = sequence_logprob(
-            *(hidden, weight, target),
-            average=average,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-            grad_filter=grad_filter,
-            workspace_bytes=workspace_bytes,
+            hidden,
+            weight,
+            target,
             backend=backend,
+            **options,
         )
     if index is not None:
         logp = logp.new_zeros(batch).index_copy(0, index, logp)
     if kept is not None:
         logp = logp.masked_fill(~kept, torch.nan)
     output = mopo_objective(
-        *(logp, win_rate, group, multipliers),
+        logp,
+        win_rate,
+        group,
+        multipliers,
         tau=tau,
         eps=eps,
         ref_logp=ref_logp,
