@@ -52,8 +52,8 @@ def kernels() -> list[Extension]:
         return []
     extension = Pybind11Extension(
         "mopo_kernels._cpu",
-        ["csrc/cpu/fold.cpp", "csrc/cpu/fold_portable.cpp", "csrc/cpu/bindings.cpp"],
-        depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
+        ["csrc/cpu/fold.cpp", "csrc/cpu/fold_portable.cpp", "csrc/cpu/batch.cpp", "csrc/cpu/bindings.cpp"],
+        depends=["csrc/objective.h", *sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))],
         cxx_std=17,
         extra_compile_args=[*FLAGS, *OPENMP],
     )

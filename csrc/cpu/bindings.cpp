@@ -1,10 +1,14 @@
 // Python module mopo_kernels._cpu: addresses, sizes and strides in, nothing of torch. Checks arguments and forwards.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "batch.h"
 #include "fold.h"
 
 namespace py = pybind11;
@@ -83,13 +87,60 @@ void peaks(Address data, const std::string& dtype, int64_t rows, int64_t columns
     mopo::fold_peaks(tile, {inner, outer, softcap}, pointer<double>(lse), block, pointer<double>(peak), threads);
 }
 
+mopo::PolicyStep policy_step_of(const std::string& name) {
+    if (name == "clone") return mopo::PolicyStep::clone;
+    if (name == "contrast") return mopo::PolicyStep::contrast;
+    if (name == "regress") return mopo::PolicyStep::regress;
+    throw std::invalid_argument("policy_step '" + name + "' is none of clone, contrast, regress");
+}
+
+bool is_float32(const std::string& dtype) {
+    if (dtype == "float32" || dtype == "float64") return dtype == "float32";
+    throw std::invalid_argument("dtype '" + dtype + "' is none of float32, float64");
+}
+
+using Tensor = std::pair<Address, std::string>;  // and dtype
+
+mopo::Floats floats(const Tensor& tensor) { return {pointer<const void>(tensor.first), is_float32(tensor.second)}; }
+
+mopo::Floats floats(const std::optional<Tensor>& tensor) {
+    return tensor ? floats(*tensor) : mopo::Floats{nullptr, false};
+}
+
+void sequence_sums(const Tensor& logp, int64_t logp_row_stride, Address target, int64_t target_row_stride,
+                   int64_t rows, int64_t columns, int64_t ignore_index, Address sums, Address counts, int threads) {
+    if (rows < 0 || columns < 0) throw std::invalid_argument("negative size");
+    check_rows(rows * columns, {logp.first, target}, threads);
+    check_rows(rows, {sums, counts}, threads);
+    const mopo::Sequences sequences{rows, columns, pointer<const void>(logp.first), is_float32(logp.second),
+                                    logp_row_stride, pointer<const int64_t>(target), target_row_stride};
+    const py::gil_scoped_release release;
+    mopo::sequence_sums(sequences, ignore_index, pointer<double>(sums), pointer<int64_t>(counts), threads);
+}
+
+void objective(int64_t responses, int64_t objectives, const Tensor& logp, const Tensor& win_rate, Address group,
+               const Tensor& multipliers, const std::optional<Tensor>& ref_logp,
+               const std::optional<Tensor>& lag_log_ratio, Address kept, double tau, double eps,
+               const std::string& policy_step, bool normalize, int64_t primary, Address values) {
+    if (responses < 1 || objectives < 1) throw std::invalid_argument("a batch has a response and an objective");
+    check_rows(responses, {logp.first, win_rate.first, group, multipliers.first, values}, 1);
+    const mopo::Options options{tau, eps, policy_step_of(policy_step), normalize, primary};
+    if (options.policy_step != mopo::PolicyStep::clone && !ref_logp) throw std::invalid_argument("ref_logp is missing");
+    const mopo::Batch batch{responses, objectives, 0, floats(logp), floats(win_rate), floats(multipliers),
+                            floats(ref_logp), floats(lag_log_ratio), pointer<const bool>(kept), nullptr, nullptr};
+    const py::gil_scoped_release release;
+    mopo::objective(batch, pointer<const int64_t>(group), options, pointer<double>(values));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "Fold kernels of the CPU backend (csrc/cpu/fold.h).";
+    m.doc() = "Kernels of the CPU backend (csrc/cpu/fold.h, csrc/cpu/batch.h).";
     m.def("statistics", &statistics);
     m.def("gradient", &gradient);
     m.def("peaks", &peaks);
+    m.def("sequence_sums", &sequence_sums);
+    m.def("objective", &objective);
     m.def("exp", [](Address x, Address y, int64_t size) {
         mopo::vector_exp(pointer<float>(x), pointer<float>(y), size);
     });

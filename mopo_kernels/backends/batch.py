@@ -22,7 +22,8 @@ multipliers λ and lag ratios ω (1 where none are given), with G groups and G_k
                   response, a multiplier that is negative or not finite, one that is not 1 at the primary, a lag ratio
                   that is not finite, or a kept response's logp or ref_logp that is not
 
-Arithmetic and sums are float64, in an order that depends on shapes only. Every backend is a module with these functions.
+Arithmetic and sums are float64, in an order that depends on shapes only. Every backend of the two is a module with
+these functions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CPU backend: the fold contract (`fold.py`) in C++ (csrc/cpu), called with addresses, sizes and strides.
+"""CPU backend: the contracts `fold.py` and `batch.py` in C++ (csrc/cpu), called with addresses, sizes and strides.
 
 The instruction set (AVX-512, AVX2 or portable code) is the best that the CPU has; the environment variable
 MOPO_CPU_ISA = avx512 | avx2 | portable asks for another one.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopo_kernels.backends.batch import ObjectiveValues
 from mopo_kernels.backends.fold import Statistics, Transform
 
 try:
@@ -77,12 +78,51 @@ def fold_peaks(tile: Tensor, lse: Tensor, transform: Transform, *, block: int, b
     return peaks
 
 
+def sequence_sums(logp: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    sums, counts = logp.new_empty(len(logp), dtype=torch.float64), target.new_empty(len(logp))
+    _cpu.sequence_sums(
+        *(_typed(logp), logp.stride(0), target.data_ptr(), target.stride(0)),
+        *(*logp.shape, ignore_index, sums.data_ptr(), counts.data_ptr(), torch.get_num_threads()),
+    )
+    return sums, counts
+
+
+def objective(
+    logp: Tensor,
+    win_rate: Tensor,
+    group: Tensor,
+    multipliers: Tensor,
+    ref_logp: Tensor | None,
+    lag_log_ratio: Tensor | None,
+    kept: Tensor | None,
+    *,
+    tau: float,
+    eps: float,
+    policy_step: str,
+    normalize: str,
+    primary: int,
+) -> Tensor:
+    values = win_rate.new_empty(ObjectiveValues.size(*win_rate.shape), dtype=torch.float64)
+    _cpu.objective(
+        *(*win_rate.shape, _typed(logp), _typed(win_rate), group.data_ptr(), _typed(multipliers)),
+        *(None if x is None else _typed(x) for x in (ref_logp, lag_log_ratio)),
+        0 if kept is None else kept.data_ptr(),
+        *(tau, eps, policy_step, normalize == "group", primary, values.data_ptr()),
+    )
+    return values
+
+
 def _tile(
     tile: Tensor, first_column: int, bias: Tensor | None, target: Tensor, transform: Transform
 ) -> tuple[Any, ...]:
     rows, columns = tile.shape
     return (
-        *(tile.data_ptr(), str(tile.dtype).removeprefix("torch."), rows, columns, tile.stride(0), first_column),
+        *(*_typed(tile), rows, columns, tile.stride(0), first_column),
         *(0 if bias is None else bias.data_ptr(), target.data_ptr()),
         *transform,
     )
+
+
+def _typed(x: Tensor) -> tuple[int, str]:
+    """Address and dtype."""
+    return x.data_ptr(), str(x.dtype).removeprefix("torch.")

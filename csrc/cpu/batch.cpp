@@ -1,0 +1,87 @@
+// Sums over ragged rows by a thread per row, and the objective by one thread in O(B log B).
+#include "batch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+namespace mopo {
+namespace {
+
+template <class T>
+void sum_row(const T* logp, const int64_t* target, int64_t columns, int64_t ignore_index, double* sum,
+             int64_t* count) {
+    double total = 0;
+    int64_t counted = 0;
+#pragma omp simd reduction(+ : total, counted)
+    for (int64_t i = 0; i < columns; ++i) {
+        total += target[i] == ignore_index ? 0 : logp[i];
+        counted += target[i] != ignore_index;
+    }
+    *sum = total;
+    *count = counted;
+}
+
+// A Team (objective.h) of one thread.
+struct OneThread {
+    template <class F>
+    void for_each(int64_t n, F f) const {
+        for (int64_t i = 0; i < n; ++i) f(i);
+    }
+    template <int N, class F>
+    void sum(int64_t n, double (&total)[N], F f) const {
+        std::fill(total, total + N, 0.0);
+        for (int64_t i = 0; i < n; ++i) f(i, total);
+    }
+    template <class F>
+    double min(int64_t n, F f) const {
+        double smallest = INFINITY;
+        for (int64_t i = 0; i < n; ++i) smallest = std::min<double>(smallest, f(i));
+        return smallest;
+    }
+    template <class F>
+    double max(int64_t n, F f) const {
+        double largest = -INFINITY;
+        for (int64_t i = 0; i < n; ++i) largest = std::max<double>(largest, f(i));
+        return largest;
+    }
+    template <class F>
+    void once(F f) const {
+        f();
+    }
+};
+
+}  // namespace
+
+void sequence_sums(const Sequences& sequences, int64_t ignore_index, double* sums, int64_t* counts, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < sequences.rows; ++row) {
+        const int64_t* target = sequences.target + row * sequences.target_row_stride;
+        const int64_t first = row * sequences.logp_row_stride;
+        if (sequences.is_float32)
+            sum_row(static_cast<const float*>(sequences.logp) + first, target, sequences.columns, ignore_index,
+                    sums + row, counts + row);
+        else
+            sum_row(static_cast<const double*>(sequences.logp) + first, target, sequences.columns, ignore_index,
+                    sums + row, counts + row);
+    }
+}
+
+void objective(Batch batch, const int64_t* group, const Options& options, double* values) {
+    std::vector<int64_t> order(batch.responses), start;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return group[i] < group[j]; });
+    for (int64_t i = 0; i < batch.responses; ++i)
+        if (i == 0 || group[order[i]] != group[order[i - 1]]) start.push_back(i);
+    batch.groups = static_cast<int64_t>(start.size());
+    start.push_back(batch.responses);
+    batch.order = order.data();
+    batch.start = start.data();
+
+    std::vector<double> memory(Scratch::DOUBLES_PER_RESPONSE * batch.responses);
+    const OneThread team;
+    objective(team, batch, options, Scratch::of(memory.data(), batch.responses),
+              Values::of(values, batch.responses, batch.objectives));
+}
+
+}  // namespace mopo
