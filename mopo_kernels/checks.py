@@ -1,6 +1,7 @@
 """Validators of what several modules take, one per concept.
 
-Values of tensors are looked at in eager mode only: under torch.compile there are none.
+Values of tensors are looked at in eager mode only: under torch.compile there are none. `values=False` leaves them to a
+kernel that looks at them anyway.
 """
 
 import math
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 
-def check_probabilities(name: str, x: Tensor) -> None:
+def check_probabilities(name: str, x: Tensor, *, values: bool = True) -> None:
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor [rows, objectives]; got {x.dtype} {tuple(x.shape)}")
-    if torch.compiler.is_compiling():
+    if not values or torch.compiler.is_compiling():
         return
     wrong = (x < 0) | (x > 1)
     if wrong.any():
@@ -40,7 +41,7 @@ def check_group_sizes(group: Tensor, size: Tensor) -> None:
         )
 
 
-def check_lag(lag_log_ratio: Tensor | None, num_responses: int) -> None:
+def check_lag(lag_log_ratio: Tensor | None, num_responses: int, *, values: bool = True) -> None:
     if lag_log_ratio is None:
         return
     if lag_log_ratio.shape != (num_responses,):
@@ -48,7 +49,7 @@ def check_lag(lag_log_ratio: Tensor | None, num_responses: int) -> None:
             f"lag_log_ratio must have one entry for each of the {num_responses} responses; "
             f"got {tuple(lag_log_ratio.shape)}"
         )
-    if not torch.compiler.is_compiling() and not lag_log_ratio.isfinite().all():
+    if values and not torch.compiler.is_compiling() and not lag_log_ratio.isfinite().all():
         raise ValueError("lag_log_ratio must be finite: clip it where a log-probability is -inf or NaN")
 
 

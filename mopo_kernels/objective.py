@@ -1,4 +1,4 @@
-"""The MOPO objective: labels and multipliers to weights, losses, win rates and robust bounds (plain torch).
+"""The MOPO objective: labels and multipliers to weights, losses, win rates and robust bounds.
 
 A batch is B responses in groups (the n >= 2 responses of one prompt). `win_rate[B, K]` holds, per objective, the
 estimated probability that a response beats its prompt's other responses; NaN is "nobody labelled it". With multipliers
@@ -15,18 +15,24 @@ An objective that nobody labelled in a group adds nothing to that group's scores
 objective's averages. Where a group is labelled for some responses only, the others count the neutral 1/2, in scores and
 averages alike, so that win rates remain the derivatives of the dual that `solve_dual` minimises (our choice).
 
+Everything here is plain torch, differentiable any number of times; `mopo_objective` hands a batch to one kernel of the
+backend (objective_ops.py) where there is one.
+
 Source: Agnihotri et al., Multi-Objective Preference Optimization, arXiv 2505.10892: Eq. 3 (scores and ratio), Eq. 7
 (clone), and Algorithm 1. `contrast` and `regress` are ours.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mopo_kernels import backends
+from mopo_kernels.backends.batch import ObjectiveValues
 from mopo_kernels.checks import (
     check_choice,
     check_eps,
@@ -36,6 +42,7 @@ from mopo_kernels.checks import (
     check_probabilities,
     check_tau,
 )
+from mopo_kernels.objective_ops import run_objective
 from mopo_kernels.robust import bound_and_chi
 
 Normalize = Literal["group", "none"]
@@ -241,6 +248,7 @@ def mopo_objective(
     primary: int = 0,
     normalize: Normalize = "group",
     kept: Tensor | None = None,  # [B] bool, responses whose logp was computed (clone only)
+    backend: str | None = None,
 ) -> MOPOOutput:
     """The MOPO loss of a batch and the estimates that move the multipliers. With h_i = logp_i - ref_logp_i:
 
@@ -255,20 +263,61 @@ def mopo_objective(
     `kept` leaves responses out of the `clone` loss, those whose weight is too small to be worth a forward pass; their
     weight is reported as `dropped_mass`. `eps` is the radius of the bounds' KL ball, see `robust_bound`.
 
-    The loss is in the dtype of `logp`, weights and estimates in that of `win_rate`. Raises ValueError for malformed
-    arguments, unless called under torch.compile, where values cannot be looked at.
+    The loss is in the dtype of `logp`, weights and estimates in that of `win_rate`. `backend` is a name in
+    `mopo_kernels.backends.BACKENDS`, or None for the table's choice; only "reference" can be differentiated twice.
+    Raises ValueError for malformed arguments, unless called under torch.compile, where values cannot be looked at.
     Source: paper, Eq. 7 (clone); contrast is DPO's and regress is IPO's loss with several objectives (ours).
     """
-    check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
-    check_eps(eps)
-    check_primary(multipliers, primary)
-    check_choice("normalize", normalize, get_args(Normalize))
-    check_choice("policy_step", policy_step, get_args(PolicyStep))
-    _check_logp(logp, ref_logp, kept, policy_step, win_rate.shape[0])
+    tensors = (logp, win_rate, group, multipliers, ref_logp, lag_log_ratio, kept)
+    check = partial(_check_objective, *tensors, tau, eps, policy_step, primary, normalize)
+    _check_devices(*tensors)
+    name = backends.choose("objective", logp.device.type, backend).backend
+    check(values=name == "reference")
+    if name == "reference":
+        return _torch_objective(*tensors, tau, float(eps), policy_step, normalize)
 
+    loss, buffer = run_objective(
+        *tensors,
+        tau=float(tau),
+        eps=float(eps),
+        policy_step=policy_step,
+        normalize=normalize,
+        primary=primary,
+        backend=name,
+    )
+    if not torch.compiler.is_compiling() and not ObjectiveValues.unpack(buffer, *win_rate.shape).valid:
+        check(values=True)
+        raise RuntimeError(f"backend {name!r} refuses values in which nothing is wrong: please report this")
+    values = ObjectiveValues.unpack(buffer.to(win_rate.dtype, copy=True), *win_rate.shape)
+    return MOPOOutput(
+        loss=loss.to(logp.dtype),
+        logp=logp,
+        weights=values.weights,
+        win_rates=values.win_rates,
+        lower_bounds=values.lower_bounds,
+        chi=values.chi,
+        ess=values.ess,
+        kl=values.kl,
+        dropped_mass=values.dropped_mass,
+    )
+
+
+def _torch_objective(
+    logp: Tensor,
+    win_rate: Tensor,
+    group: Tensor,
+    multipliers: Tensor,
+    ref_logp: Tensor | None,
+    lag_log_ratio: Tensor | None,
+    kept: Tensor | None,
+    tau: float,
+    eps: float,
+    policy_step: PolicyStep,
+    normalize: Normalize,
+) -> MOPOOutput:
     target = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
     loss, dropped_mass = _policy_loss(logp, ref_logp, target, tau, policy_step, kept)
-    lower_bounds, chi = target_bounds(target, float(eps))
+    lower_bounds, chi = target_bounds(target, eps)
     dtype = win_rate.dtype
     return MOPOOutput(
         loss=loss.to(logp.dtype),
@@ -315,33 +364,75 @@ def _policy_loss(
 # --------------------------------------------------------------------------------------------------------- validators
 
 
-def check_primary(multipliers: Tensor, primary: int) -> None:
+def _check_objective(
+    logp: Tensor,
+    win_rate: Tensor,
+    group: Tensor,
+    multipliers: Tensor,
+    ref_logp: Tensor | None,
+    lag_log_ratio: Tensor | None,
+    kept: Tensor | None,
+    tau: float,
+    eps: float,
+    policy_step: PolicyStep,
+    primary: int,
+    normalize: Normalize,
+    *,
+    values: bool,
+) -> None:
+    """Raise unless these are arguments of `mopo_objective`; the values of tensors are looked at on demand."""
+    check_batch(win_rate, group, multipliers, tau, lag_log_ratio, values=values)
+    check_eps(eps)
+    check_primary(multipliers, primary, values=values)
+    check_choice("normalize", normalize, get_args(Normalize))
+    check_choice("policy_step", policy_step, get_args(PolicyStep))
+    _check_logp(logp, ref_logp, kept, policy_step, win_rate.shape[0], values=values)
+
+
+def _check_devices(logp: Tensor, *others: Tensor | None) -> None:
+    names = ("win_rate", "group", "multipliers", "ref_logp", "lag_log_ratio", "kept")
+    for name, x in zip(names, others, strict=True):
+        if x is not None and x.device != logp.device:
+            raise ValueError(f"{name} is on {x.device} and logp on {logp.device}; move one of them")
+
+
+def check_primary(multipliers: Tensor, primary: int, *, values: bool = True) -> None:
     if not 0 <= primary < multipliers.numel():
         raise ValueError(f"primary must be an objective 0 .. {multipliers.numel() - 1}; got {primary}")
-    if not torch.compiler.is_compiling() and multipliers[primary] != 1:
+    if values and not torch.compiler.is_compiling() and multipliers[primary] != 1:
         raise ValueError(
             f"multipliers must be 1 at the primary objective {primary}; got {multipliers[primary].item():g}: "
             "divide all of them by it, or change tau"
         )
 
 
-def check_batch(win_rate: Tensor, group: Tensor, multipliers: Tensor, tau: float, lag_log_ratio: Tensor | None) -> None:
-    check_probabilities("win_rate", win_rate)
+def check_batch(
+    win_rate: Tensor,
+    group: Tensor,
+    multipliers: Tensor,
+    tau: float,
+    lag_log_ratio: Tensor | None,
+    *,
+    values: bool = True,
+) -> None:
+    check_probabilities("win_rate", win_rate, values=values)
     check_group_ids(group, win_rate.shape[0])
-    if not torch.compiler.is_compiling():
+    if values and not torch.compiler.is_compiling():
         check_group_sizes(group, dense_groups(group).size)
-    check_lag(lag_log_ratio, win_rate.shape[0])
+    check_lag(lag_log_ratio, win_rate.shape[0], values=values)
     check_tau(tau)
-    _check_multipliers(multipliers, win_rate.shape[1])
+    _check_multipliers(multipliers, win_rate.shape[1], values=values)
 
 
-def _check_multipliers(multipliers: Tensor, num_objectives: int) -> None:
+def _check_multipliers(multipliers: Tensor, num_objectives: int, *, values: bool) -> None:
     if multipliers.shape != (num_objectives,):
         raise ValueError(
             f"multipliers must have one entry for each of win_rate's {num_objectives} objectives, the primary's too; "
             f"got {tuple(multipliers.shape)}"
         )
-    if not torch.compiler.is_compiling() and not ((multipliers >= 0) & multipliers.isfinite()).all():
+    if not values or torch.compiler.is_compiling():
+        return
+    if not ((multipliers >= 0) & multipliers.isfinite()).all():
         raise ValueError(f"multipliers must be finite and >= 0; got {multipliers.tolist()}")
 
 
@@ -380,7 +471,13 @@ def check_ref_logp(ref_logp: Tensor | None, policy_step: PolicyStep, num_respons
 
 
 def _check_logp(
-    logp: Tensor, ref_logp: Tensor | None, kept: Tensor | None, policy_step: PolicyStep, num_responses: int
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    kept: Tensor | None,
+    policy_step: PolicyStep,
+    num_responses: int,
+    *,
+    values: bool,
 ) -> None:
     for name, x in (("logp", logp), ("kept", kept)):
         if x is not None and x.shape != (num_responses,):
@@ -390,7 +487,7 @@ def _check_logp(
     check_ref_logp(ref_logp, policy_step, num_responses)
     if policy_step != "clone" and kept is not None:
         raise ValueError(f"policy_step={policy_step!r} needs every response's logp: kept works with 'clone' only")
-    if torch.compiler.is_compiling():
+    if not values or torch.compiler.is_compiling():
         return
     for name, x in (("logp", logp), ("ref_logp", ref_logp)):
         if x is None:

@@ -1,8 +1,9 @@
 """Backends and the one table that chooses among them: (op, device type) → backends in order of preference.
 
-`reference` computes whole ops; every other backend implements the fold contract (fold.py) and the tile engine does the
-rest. `backend=` or the environment variable MOPO_BACKEND overrides the table; a name that cannot run the op on that
-device is an error, never a fallback. A backend that could not be built is passed over, and `describe` says why.
+`reference` computes whole ops; every other backend implements the contracts fold.py (the tile engine does the rest of
+an LM head) and batch.py. `backend=` or the environment variable MOPO_BACKEND overrides the table; a name that cannot
+run the op on that device is an error, never a fallback. A backend that could not be built is passed over, and
+`describe` says why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple, cast
 import torch
 
 from mopo_kernels.backends import cpu, reference
+from mopo_kernels.backends.batch import Batch
 from mopo_kernels.backends.fold import Fold
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
@@ -21,6 +23,8 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprob": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
     "token_logprob": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
+    "sequence_sums": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
+    "objective": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
 }
 
 
@@ -54,6 +58,11 @@ def choose(op: str, device: str, backend: str | None = None) -> Choice:
 def fold(backend: str) -> Fold:
     """The module that implements the fold contract under this name."""
     return cast(Fold, BACKENDS[backend])
+
+
+def batch(backend: str) -> Batch:
+    """The module that implements the batch contract under this name."""
+    return cast(Batch, BACKENDS[backend])
 
 
 def _unavailable(backend: str) -> str:
