@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends, head_ops, token_ops
+from mopo_kernels import backends, head_ops, objective_ops, token_ops
 from mopo_kernels.backends import reference
 
 
@@ -164,8 +164,11 @@ def sequence_logprob(
         grad_filter=grad_filter,
         workspace_bytes=workspace_bytes,
         backend=backend,
-    ).sum(-1)
-    return logp / (target != ignore_index).sum(-1).clamp(min=1) if average else logp
+    )
+    name = backends.choose("sequence_sums", logp.device.type, "reference" if backend == "reference" else None).backend
+    run = reference.sequence_sums if name == "reference" else partial(objective_ops.run_sequence_sums, backend=name)
+    sums, counts = run(logp, target, ignore_index)
+    return (sums / counts.clamp(min=1) if average else sums).to(logp.dtype)
 
 
 def check_linear(

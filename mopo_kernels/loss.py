@@ -159,6 +159,7 @@ def mopo_loss(
         primary=primary,
         normalize=normalize,
         kept=kept,
+        backend="reference" if name == "reference" else None,
     )
     loss = output.loss if linearised is None else output.loss + (linearised - linearised.detach())
     return replace(output, loss=loss, logp=output.logp.detach())

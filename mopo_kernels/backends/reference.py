@@ -63,6 +63,15 @@ def token_logprob(
     return logp.new_zeros(target.shape).index_copy(0, rows, logp)
 
 
+def sequence_sums(
+    logp: Tensor,  # [B, L]
+    target: Tensor,  # [B, L]
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # [B] float64, [B] int64
+    counts = target != ignore_index
+    return torch.where(counts, logp, 0).sum(-1, dtype=torch.float64), counts.sum(-1)
+
+
 def _block_logprob(
     hidden: Tensor,
     weight: Tensor,
