@@ -347,10 +347,10 @@ MOPO_HOST_DEVICE void estimate(Team& team, const Batch& batch, const Options& op
     });
 }
 
-// Everything, by one team. After target_policy the rest may go to several teams, each with its own scratch.
+// All but the estimates: weights and their statistics, the loss and its gradient.
 template <class Team>
-MOPO_HOST_DEVICE void objective(Team& team, const Batch& batch, const Options& options, const Scratch& scratch,
-                                const Values& out) {
+MOPO_HOST_DEVICE void weighted_loss(Team& team, const Batch& batch, const Options& options, const Scratch& scratch,
+                                    const Values& out) {
     check_values(team, batch, options, out);
     target_policy(team, batch, options, scratch, out);
     weight_statistics(team, batch, scratch, out);
@@ -361,6 +361,13 @@ MOPO_HOST_DEVICE void objective(Team& team, const Batch& batch, const Options& o
         contrast_loss(team, batch, scratch, out);
     else
         regress_loss(team, batch, scratch, out);
+}
+
+// Everything, by one team. After weighted_loss the estimates may go to several teams, with values and masses of their own.
+template <class Team>
+MOPO_HOST_DEVICE void objective(Team& team, const Batch& batch, const Options& options, const Scratch& scratch,
+                                const Values& out) {
+    weighted_loss(team, batch, options, scratch, out);
     for (int64_t k = 0; k < batch.objectives; ++k) estimate(team, batch, options, k, scratch, out);
 }
 

@@ -1,0 +1,48 @@
+// What the kernels of every device take: the arguments of mopo_kernels/backends/fold.py and batch.py with addresses.
+#pragma once
+
+#include <cstdint>
+
+#include "objective.h"
+
+namespace mopo {
+
+enum class DType { float32, bfloat16, float16, float64 };
+
+//     z = outer * tanh(inner * (logit + bias))    with softcap c:  inner = logit_scale / c, outer = c / temperature
+//     z = inner * (logit + bias)                  without:         inner = logit_scale / temperature
+struct Transform {
+    double inner;
+    double outer;
+    bool softcap;
+};
+
+// Columns first_column .. first_column + columns - 1 of rows of logits, row-major.
+struct Tile {
+    void* data;
+    DType dtype;
+    int64_t rows;
+    int64_t columns;
+    int64_t row_stride;  // elements from row to row
+    int64_t first_column;
+    const void* bias;  // [columns] float32 (float64 for float64 tiles), or null
+    const int64_t* target;  // [rows] column of each row's target in the whole vocabulary; negative: skip the row
+};
+
+// Running statistics of each row, float64: start at -inf, 0, -inf and fold tiles in any order.
+struct Statistics {
+    double* max;  // [rows]
+    double* sum;  // [rows] sum of exp(z - max)
+    double* target;  // [rows] z at the target
+};
+
+// Log-probabilities and targets of sequences; rows lie any stride apart, the elements of one side by side.
+struct Sequences {
+    int64_t rows, columns;
+    Floats logp;
+    int64_t logp_row_stride;
+    const int64_t* target;
+    int64_t target_row_stride;
+};
+
+}  // namespace mopo

@@ -1,0 +1,148 @@
+// CUDA on the CPU, as much of it as the kernels here use, for tests on machines without a GPU: put this directory before
+// the toolkit's and the same sources compile as C++.
+//
+// Blocks run one after the other. A block's threads are fibers on stacks of their own, and a barrier or a shuffle is a
+// switch to the next one; EMULATED_ORDER=backward runs them from the last to the first, so that a result that hangs on
+// their order (a barrier that is missing) shows. A barrier that some threads of the block never reach aborts.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static  // blocks take turns
+#define __launch_bounds__(threads)
+
+using cudaStream_t = struct CUstream_st*;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorNoKernelImageForDevice = 209 };
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "emulated error";
+}
+
+struct dim3 {
+    unsigned x = 1;
+    dim3(unsigned x = 1) : x(x) {}
+};
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    cudaStream_t stream;
+};
+
+inline dim3 threadIdx, blockIdx;
+
+namespace emulation {
+
+constexpr unsigned WARP = 32;
+
+enum class State { ready, at_warp_barrier, at_block_barrier, done };
+
+struct Fiber {
+    State state = State::done;
+    bool started = false;
+    jmp_buf place;
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+};
+
+inline std::vector<Fiber> fibers(1024);
+inline std::function<void()> body;
+inline jmp_buf scheduler;
+inline double exchanged[1024];
+
+inline void pause(State state) {
+    Fiber& fiber = fibers[threadIdx.x];
+    fiber.state = state;
+    if (_setjmp(fiber.place) == 0) _longjmp(scheduler, 1);
+}
+
+// A fiber lives on from block to block and from launch to launch.
+inline void live() {
+    for (;;) {
+        body();
+        pause(State::done);
+    }
+}
+
+inline void resume(unsigned thread) {
+    constexpr size_t STACK = 256 << 10;
+    threadIdx.x = thread;
+    Fiber& fiber = fibers[thread];
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    fiber.stack.reset(new char[STACK]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, live, 0);
+    setcontext(&fiber.context);
+}
+
+// Lets the threads first .. last - 1 go on if all of them that still run wait at this barrier.
+inline bool released(unsigned first, unsigned last, State barrier) {
+    bool waiting = false;
+    for (unsigned thread = first; thread < last; ++thread) {
+        const State state = fibers[thread].state;
+        if (state != barrier && state != State::done) return false;
+        waiting |= state == barrier;
+    }
+    for (unsigned thread = first; thread < last; ++thread)
+        if (fibers[thread].state == barrier) fibers[thread].state = State::ready;
+    return waiting;
+}
+
+inline void run_block(unsigned threads, bool backward) {
+    for (unsigned thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
+    for (bool running = true; running;) {
+        for (unsigned i = 0; i < threads; ++i) {
+            const unsigned thread = backward ? threads - 1 - i : i;
+            if (fibers[thread].state == State::ready) resume(thread);
+        }
+        running = released(0, threads, State::at_block_barrier);
+        for (unsigned first = 0; first < threads; first += WARP)
+            running |= released(first, first + WARP, State::at_warp_barrier);
+    }
+    for (unsigned thread = 0; thread < threads; ++thread) {
+        if (fibers[thread].state == State::done) continue;
+        std::fprintf(stderr, "thread %u of block %u waits at a barrier that others do not reach\n", thread, blockIdx.x);
+        std::abort();
+    }
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::pause(emulation::State::at_block_barrier); }
+inline void __syncwarp() { emulation::pause(emulation::State::at_warp_barrier); }
+
+inline double __shfl_xor_sync(unsigned, double x, int lanes) {
+    emulation::exchanged[threadIdx.x] = x;
+    __syncwarp();
+    const double other = emulation::exchanged[threadIdx.x ^ static_cast<unsigned>(lanes)];
+    __syncwarp();
+    return other;
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
+    const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+    if (blocks == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
+    const char* order = std::getenv("EMULATED_ORDER");
+    const bool backward = order && std::strcmp(order, "backward") == 0;
+    emulation::body = [=] { kernel(arguments...); };
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulation::run_block(threads, backward);
+    return cudaSuccess;
+}

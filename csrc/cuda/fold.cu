@@ -1,0 +1,445 @@
+// The fold kernels: each reads a row of logits once, in 16-byte vectors, and one row may be shared by several blocks.
+//
+//     statistics   a thread keeps the maximum of its z and the sum of exp(z - maximum), a block combines its threads',
+//                  and where a row has several blocks a second kernel combines theirs
+//     gradient     coefficient * (onehot - exp(z - lse)) * dz/dlogit, elementwise
+//     peaks        a block per cell
+#include "fold.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.cuh"
+#include "team.cuh"
+
+namespace mopo {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int VECTORS = 4;  // that a thread has in flight: with three blocks a multiprocessor, 48 KB
+constexpr int64_t STEP = THREADS * VECTORS;  // vectors that a block reads at a time
+constexpr int64_t ENOUGH_BLOCKS = 4096;  // for the largest GPU to be busy to the end of its last wave
+
+using Block = Team<THREADS>;
+
+// ---------------------------------------------------------------------------------------------------- element types
+
+__device__ float widened(float x) { return x; }
+__device__ double widened(double x) { return x; }
+__device__ float widened(__half x) { return __half2float(x); }
+__device__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+using Wide = decltype(widened(T()));  // what arithmetic on T runs in
+
+template <class T>
+__device__ T narrowed(Wide<T> x) {
+    return x;
+}
+template <>
+__device__ __half narrowed<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+__device__ __nv_bfloat16 narrowed<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+// exp2f is within 2 ulp (CUDA's mathematical functions), and so is x * log2(e) where exp(x) matters.
+__device__ float exponential(float x) { return exp2f(x * 1.44269504088896341f); }
+__device__ double exponential(double x) { return exp(x); }
+__device__ float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ double hyperbolic_tangent(double x) { return tanh(x); }
+__device__ float larger(float x, float y) { return fmaxf(x, y); }  // the other one where one is NaN
+__device__ double larger(double x, double y) { return fmax(x, y); }
+
+__device__ int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+
+// ------------------------------------------------------------------------------------------------------------- rows
+
+template <class T>
+struct alignas(16) Vector {
+    static constexpr int WIDTH = 16 / sizeof(T);
+    T at[WIDTH];
+};
+
+// The columns of a row that lie in whole aligned vectors, and the edges before and behind them.
+template <class T>
+struct Row {
+    static constexpr int64_t WIDTH = Vector<T>::WIDTH;
+    int64_t columns, head, vectors;
+
+    __device__ Row(const T* data, int64_t columns) : columns(columns) {
+        const auto beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / sizeof(T)) % WIDTH;
+        head = beyond == 0 ? 0 : WIDTH - beyond;
+        if (head > columns) head = columns;
+        vectors = (columns - head) / WIDTH;
+    }
+    __device__ int64_t column(int64_t vector) const { return head + vector * WIDTH; }
+    __device__ int64_t edges() const { return columns - vectors * WIDTH; }
+    __device__ int64_t edge(int64_t i) const { return i < head ? i : i + vectors * WIDTH; }
+};
+
+// How blocks share rows: `per_row` of them have a row, `vectors` each of its vectors, the first one its edges too.
+struct Parts {
+    int per_row;
+    int64_t vectors;
+
+    __device__ int64_t row() const { return blockIdx.x / per_row; }
+    __device__ int index() const { return static_cast<int>(blockIdx.x % per_row); }
+    __device__ bool has_edges() const { return index() == 0; }
+    __device__ int64_t first() const { return index() * vectors; }
+    __device__ int64_t last(int64_t row_vectors) const { return smaller(first() + vectors, row_vectors); }
+};
+
+template <class T>
+__device__ Vector<T> load(const T* address) {
+    return *reinterpret_cast<const Vector<T>*>(address);
+}
+
+template <class T>
+__device__ void store(T* address, const Vector<T>& x) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 == 0) {
+        *reinterpret_cast<Vector<T>*>(address) = x;
+    } else {
+        for (int i = 0; i < Vector<T>::WIDTH; ++i) address[i] = x.at[i];
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- transform
+
+template <class A>
+struct LogitTransform {
+    const A* bias;
+    A inner, outer;
+    bool softcap;
+
+    __device__ LogitTransform(const void* bias, const Transform& transform)
+        : bias(static_cast<const A*>(bias)),
+          inner(static_cast<A>(transform.inner)),
+          outer(static_cast<A>(transform.outer)),
+          softcap(transform.softcap) {}
+
+    // logits of neighbouring columns ← inner * (logit + bias), the arguments of tanh where there is a softcap.
+    template <int N>
+    __device__ void scale(A (&x)[N], int64_t first_column) const {
+        if (bias)
+            for (int i = 0; i < N; ++i) x[i] += bias[first_column + i];
+        for (A& u : x) u *= inner;
+    }
+    // logits ← z
+    template <int N>
+    __device__ void apply(A (&x)[N], int64_t first_column) const {
+        scale(x, first_column);
+        if (softcap)
+            for (A& u : x) u = outer * hyperbolic_tangent(u);
+    }
+    __device__ A z(A logit, int64_t column) const {
+        A x[1] = {logit};
+        apply(x, column);
+        return x[0];
+    }
+};
+
+// lse in two parts: z - high is exact where z is near lse, so p does not feel the rounding of a large lse.
+template <class A>
+struct Shift {
+    A high, low;
+    __device__ explicit Shift(double lse) : high(static_cast<A>(lse)), low(static_cast<A>(lse - high)) {}
+    __device__ A of(A z) const { return (z - high) - low; }
+};
+
+// ------------------------------------------------------------------------------------------------------- statistics
+
+template <class A>
+__device__ A finite_or_zero(A max) {  // any finite shift makes exp(-inf - shift) 0 and lets NaN through
+    return max == -static_cast<A>(INFINITY) ? 0 : max;
+}
+
+// The maximum of some z and the sum of exp(z - max).
+template <class A>
+struct Running {
+    A max = -INFINITY;
+    double sum = 0;
+
+    __device__ void add(A other_max, double other_sum) {
+        const A largest = larger(max, other_max), shift = finite_or_zero(largest);
+        sum = sum * exponential(max - shift) + other_sum * exponential(other_max - shift);
+        max = largest;
+    }
+
+    template <int M, int N>
+    __device__ void add(const A (&z)[M][N]) {
+        A largest = max;
+        for (const auto& vector : z)
+            for (A x : vector) largest = larger(largest, x);
+        const A shift = finite_or_zero(largest);
+        A total = 0;
+        for (const auto& vector : z) {
+            A part = 0;
+            for (A x : vector) part += exponential(x - shift);
+            total += part;
+        }
+        sum = sum * exponential(max - shift) + total;
+        max = largest;
+    }
+
+    // Those of all threads of a team.
+    template <class Threads>
+    __device__ Running combined() const {
+        Running all;
+        all.max = static_cast<A>(Threads::max(max));
+        all.sum = Threads::sum(sum * exponential(max - finite_or_zero(all.max)));
+        return all;
+    }
+
+    __device__ void fold_into(const Statistics& statistics, int64_t row) const {
+        Running all{static_cast<A>(statistics.max[row]), statistics.sum[row]};
+        all.add(max, sum);
+        statistics.max[row] = all.max;
+        statistics.sum[row] = all.sum;
+    }
+};
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    statistics_kernel(Tile tile, Transform options, Statistics statistics, Running<Wide<T>>* of_parts, Parts parts) {
+    using A = Wide<T>;
+    constexpr int WIDTH = Vector<T>::WIDTH;
+    const int64_t row = parts.row();
+    if (tile.target[row] < 0) return;
+    const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
+    const LogitTransform<A> transform(tile.bias, options);
+    const Row<T> layout(logits, tile.columns);
+    Running<A> running;
+
+    const int64_t last = parts.last(layout.vectors);
+    for (int64_t first = parts.first(); first < last; first += STEP) {
+        Vector<T> x[VECTORS];
+        A z[VECTORS][WIDTH];
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int64_t vector = first + v * THREADS + threadIdx.x;
+            if (vector < last) x[v] = load(logits + layout.column(vector));
+        }
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int64_t vector = first + v * THREADS + threadIdx.x;
+            if (vector < last) {
+                for (int i = 0; i < WIDTH; ++i) z[v][i] = widened(x[v].at[i]);
+                transform.apply(z[v], layout.column(vector));
+            } else {
+                for (A& missing : z[v]) missing = -static_cast<A>(INFINITY);
+            }
+        }
+        running.add(z);
+    }
+    if (parts.has_edges() && threadIdx.x < layout.edges()) {
+        const int64_t column = layout.edge(threadIdx.x);
+        running.add(transform.z(widened(logits[column]), column), 1);
+    }
+
+    const Running<A> all = running.template combined<Block>();
+    if (threadIdx.x > 0) return;
+    const int64_t target = tile.target[row] - tile.first_column;
+    if (parts.index() == 0 && target >= 0 && target < tile.columns)
+        statistics.target[row] = transform.z(widened(logits[target]), target);
+    if (parts.per_row == 1)
+        all.fold_into(statistics, row);
+    else
+        of_parts[blockIdx.x] = all;
+}
+
+template <class A>
+__global__ void __launch_bounds__(WARP)
+    combine_kernel(const int64_t* target, const Running<A>* of_parts, int parts, Statistics statistics) {
+    const int64_t row = blockIdx.x;
+    if (target[row] < 0) return;
+    Running<A> running;
+    for (int part = static_cast<int>(threadIdx.x); part < parts; part += WARP) {
+        const Running<A>& other = of_parts[row * parts + part];
+        running.add(other.max, other.sum);
+    }
+    const Running<A> all = running.template combined<Team<WARP>>();
+    if (threadIdx.x == 0) all.fold_into(statistics, row);
+}
+
+// --------------------------------------------------------------------------------------------------------- gradient
+
+// coefficient * (onehot - exp(z - lse)) * dz/dlogit of one logit.
+template <class A>
+struct Gradient {
+    LogitTransform<A> transform;
+    Shift<A> lse;
+    A factor;
+
+    __device__ Gradient(const void* bias, const Transform& options, double lse, double coefficient)
+        : transform(bias, options),
+          lse(lse),
+          factor(static_cast<A>(coefficient * options.inner * (options.softcap ? options.outer : 1))) {}
+
+    // logits of neighbouring columns ← their gradients; `target` counts from the first of them.
+    template <int N>
+    __device__ void apply(A (&x)[N], int64_t first_column, int64_t target) const {
+        const int is_target = 0 <= target && target < N ? static_cast<int>(target) : -1;
+        transform.scale(x, first_column);
+        for (int i = 0; i < N; ++i) {
+            A z = x[i], slope = factor;
+            if (transform.softcap) {
+                const A tanh = hyperbolic_tangent(z);
+                z = transform.outer * tanh;
+                slope *= 1 - tanh * tanh;
+            }
+            x[i] = slope * (static_cast<A>(i == is_target) - exponential(lse.of(z)));
+        }
+    }
+};
+
+template <class T>
+__device__ void fill_with_zero(T* out, int64_t columns, const Parts& parts) {
+    const Row<T> layout(out, columns);
+    const Vector<T> zero{};
+    const int64_t last = parts.last(layout.vectors);
+    for (int64_t vector = parts.first() + threadIdx.x; vector < last; vector += THREADS)
+        store(out + layout.column(vector), zero);
+    if (parts.has_edges() && threadIdx.x < layout.edges()) out[layout.edge(threadIdx.x)] = narrowed<T>(0);
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    gradient_kernel(Tile tile, Transform options, const double* lse, const double* coefficient, void* out_data,
+                    int64_t out_row_stride, Parts parts) {
+    using A = Wide<T>;
+    constexpr int WIDTH = Vector<T>::WIDTH;
+    const int64_t row = parts.row();
+    const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
+    T* out = static_cast<T*>(out_data) + row * out_row_stride;
+    if (coefficient[row] == 0) return fill_with_zero(out, tile.columns, parts);
+    const Gradient<A> gradient(tile.bias, options, lse[row], coefficient[row]);
+    const int64_t target = tile.target[row] - tile.first_column;
+    const Row<T> layout(logits, tile.columns);
+
+    const int64_t last = parts.last(layout.vectors);
+    for (int64_t first = parts.first(); first < last; first += STEP) {
+        Vector<T> x[VECTORS];
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int64_t vector = first + v * THREADS + threadIdx.x;
+            if (vector < last) x[v] = load(logits + layout.column(vector));
+        }
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            const int64_t vector = first + v * THREADS + threadIdx.x;
+            const int64_t column = layout.column(vector);
+            if (vector >= last) continue;
+            A y[WIDTH];
+            for (int i = 0; i < WIDTH; ++i) y[i] = widened(x[v].at[i]);
+            gradient.apply(y, column, target - column);
+            for (int i = 0; i < WIDTH; ++i) x[v].at[i] = narrowed<T>(y[i]);
+            store(out + column, x[v]);
+        }
+    }
+    if (parts.has_edges() && threadIdx.x < layout.edges()) {
+        const int64_t column = layout.edge(threadIdx.x);
+        A y[1] = {widened(logits[column])};
+        gradient.apply(y, column, target - column);
+        out[column] = narrowed<T>(y[0]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ peaks
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    peaks_kernel(Tile tile, Transform options, const double* lse, int64_t block, int64_t column_blocks, double* peak) {
+    using A = Wide<T>;
+    const int64_t first_row = blockIdx.x / column_blocks * block, first = blockIdx.x % column_blocks * block;
+    const int64_t end_row = smaller(first_row + block, tile.rows), end = smaller(first + block, tile.columns);
+    const LogitTransform<A> transform(tile.bias, options);
+    A largest = -INFINITY;
+    for (int64_t row = first_row + threadIdx.x / WARP; row < end_row; row += Block::WARPS) {
+        const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
+        const Shift<A> shift(lse[row]);
+        for (int64_t column = first + threadIdx.x % WARP; column < end; column += WARP)
+            largest = larger(largest, shift.of(transform.z(widened(logits[column]), column)));
+    }
+    const double all = Block::max(largest);
+    if (threadIdx.x == 0) peak[blockIdx.x] = exp(all);
+}
+
+// -------------------------------------------------------------------------------------------------------- launching
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+int64_t element_size(DType dtype) {
+    switch (dtype) {
+        case DType::float32: return 4;
+        case DType::float64: return 8;
+        default: return 2;
+    }
+}
+
+// Enough blocks for few long rows to fill the GPU, but none with less to read than one step. Shapes alone decide, so
+// that every GPU sums in the same order.
+Parts parts_of(int64_t rows, int64_t columns, DType dtype) {
+    const int64_t vectors = ceil_div(columns * element_size(dtype), 16);
+    const int64_t wanted = ceil_div(ENOUGH_BLOCKS, rows), most = ceil_div(vectors, STEP);
+    const int64_t per_row = wanted < most ? wanted : most;
+    return {static_cast<int>(per_row), ceil_div(vectors, per_row)};
+}
+
+// f(T()) of the element type.
+template <class F>
+void by_type(DType dtype, F f) {
+    switch (dtype) {
+        case DType::float32: return f(float());
+        case DType::float64: return f(double());
+        case DType::float16: return f(__half());
+        case DType::bfloat16: return f(__nv_bfloat16());
+    }
+}
+
+}  // namespace
+
+int64_t statistics_scratch(int64_t rows, int64_t columns, DType dtype) {
+    static_assert(sizeof(Running<double>) == 2 * sizeof(double) && sizeof(Running<float>) <= sizeof(Running<double>));
+    if (rows == 0 || columns == 0) return 0;
+    const int per_row = parts_of(rows, columns, dtype).per_row;
+    return per_row == 1 ? 0 : 2 * rows * per_row;
+}
+
+void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, double* scratch,
+                     cudaStream_t stream) {
+    if (tile.rows == 0 || tile.columns == 0) return;
+    const Parts parts = parts_of(tile.rows, tile.columns, tile.dtype);
+    by_type(tile.dtype, [&](auto element) {
+        using T = decltype(element);
+        auto* of_parts = reinterpret_cast<Running<Wide<T>>*>(scratch);
+        launch(statistics_kernel<T>, tile.rows * parts.per_row, THREADS, stream, tile, transform, statistics, of_parts,
+               parts);
+        if (parts.per_row > 1)
+            launch(combine_kernel<Wide<T>>, tile.rows, WARP, stream, tile.target, of_parts, parts.per_row, statistics);
+    });
+}
+
+void fold_gradient(const Tile& tile, const Transform& transform, const double* lse, const double* coefficient,
+                   void* out, int64_t out_row_stride, cudaStream_t stream) {
+    if (tile.rows == 0 || tile.columns == 0) return;
+    const Parts parts = parts_of(tile.rows, tile.columns, tile.dtype);
+    by_type(tile.dtype, [&](auto element) {
+        launch(gradient_kernel<decltype(element)>, tile.rows * parts.per_row, THREADS, stream, tile, transform, lse,
+               coefficient, out, out_row_stride, parts);
+    });
+}
+
+void fold_peaks(const Tile& tile, const Transform& transform, const double* lse, int64_t block, double* peak,
+                cudaStream_t stream) {
+    if (tile.rows == 0 || tile.columns == 0) return;
+    const int64_t row_blocks = ceil_div(tile.rows, block), column_blocks = ceil_div(tile.columns, block);
+    by_type(tile.dtype, [&](auto element) {
+        launch(peaks_kernel<decltype(element)>, row_blocks * column_blocks, THREADS, stream, tile, transform, lse,
+               block, column_blocks, peak);
+    });
+}
+
+}  // namespace mopo
