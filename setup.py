@@ -113,7 +113,7 @@ def cuda_extensions() -> list[Extension]:
     if why_not and choice == "1":
         raise SystemExit(f"MOPO_BUILD_CUDA=1, but {why_not}")
     if why_not:
-        print(f"mopo_kernels._cuda is left out: {why_not}")
+        print(f"mopo_kernels._cuda is left out: {why_not}", file=sys.stderr)
         return []
     nvcc = find_nvcc()
     extension = Extension(
@@ -154,7 +154,7 @@ def unfit_for_torch() -> str:
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
+    return shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def architectures(nvcc: str) -> list[str]:

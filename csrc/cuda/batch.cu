@@ -41,7 +41,7 @@ struct ObjectiveMemory {
     }
 };
 
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)  // one block in all: registers are free, spills are not
     objective_kernel(Batch batch, const int64_t* group, Options options, ObjectiveMemory memory, double* values) {
     int64_t *first = memory.integers(), *order = first + batch.responses, *start = order + batch.responses;
     const Values out = Values::of(values, batch.responses, batch.objectives);

@@ -21,7 +21,7 @@
 #define __global__
 #define __device__
 #define __shared__ static  // blocks take turns
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using cudaStream_t = struct CUstream_st*;
 

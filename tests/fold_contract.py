@@ -1,0 +1,163 @@
+"""Checks of the fold contract that hold for any implementation on any device: the kernels under emulation, and a GPU's.
+
+A tile is a part of a wider tensor of NaN, at any column, so that its rows begin at any alignment; outputs hold NaN
+before they are written. Float64 torch is the truth.
+"""
+
+import itertools
+import math
+
+import torch
+from test_fold import TRANSFORMS, ULP, exact_fold
+
+from mopo_kernels.backends.fold import Statistics
+
+
+def random_tile(rows, columns, dtype, device, *, offset=0, padding=0, scale=1.0, seed=0):
+    """Logits and the tensor of NaN around them."""
+    generator = torch.Generator().manual_seed(seed)
+    around = torch.full((rows, offset + columns + padding), math.nan, dtype=dtype, device=device)
+    logits = around[:, offset : offset + columns]
+    logits.copy_(torch.randn(rows, columns, generator=generator) * scale)
+    return logits, around
+
+
+def fold_statistics(fold, logits, target, transform, bias, widths):
+    """Statistics of tiles of these widths, the last one first."""
+    statistics = Statistics.start(len(target), logits.device)
+    edges = list(itertools.accumulate(widths, initial=0))
+    for first, last in reversed(list(itertools.pairwise(edges))):
+        part = None if bias is None else bias[first:last]
+        fold.fold_statistics(logits[:, first:last], target, statistics, transform, first_column=first, bias=part)
+    return statistics
+
+
+def fold_gradient(fold, logits, target, lse, coefficient, transform, bias, widths, out):
+    """The gradient of all tiles: into `out`, or in place."""
+    edges = list(itertools.accumulate(widths, initial=0))
+    for first, last in itertools.pairwise(edges):
+        part = None if bias is None else bias[first:last]
+        to = None if out is None else out[:, first:last]
+        options = {"first_column": first, "bias": part, "out": to}
+        fold.fold_gradient(logits[:, first:last], target, lse, coefficient, transform, **options)
+    return logits if out is None else out
+
+
+def check_tiles(fold, device, *, rows, widths, offset, padding, out_offset, dtype, transform, with_bias, scale, seed):
+    """Statistics and gradient of ragged tiles; in place if `out_offset` is None."""
+    columns = sum(widths)
+    logits, around = random_tile(rows, columns, dtype, device, offset=offset, padding=padding, scale=scale, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, columns, (rows,), generator=generator).to(device)
+    coefficient = torch.randn(rows, generator=generator, dtype=torch.float64).to(device)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.randn(columns, generator=generator).to(device, work) if with_bias else None
+    lse, at_target, p, gradient = exact_fold(logits, target, coefficient, transform, bias)
+
+    # Arithmetic of a handful of roundings on values of the size of z; p feels the rounding of z absolutely.
+    largest = (at_target.abs().max() + lse.abs().max() + 1).item()
+    rounding = ULP[work] * 4 * largest * max(1, transform.inner * transform.outer)
+    statistics = fold_statistics(fold, logits, target, transform, bias, widths)
+    torch.testing.assert_close(statistics.lse, lse, rtol=0, atol=rounding)
+    torch.testing.assert_close(statistics.target, at_target, rtol=0, atol=rounding)
+
+    before, out_around = logits.clone(), around
+    out = None
+    if out_offset is not None:
+        out_around = torch.full((rows, out_offset + columns + 1), math.nan, dtype=dtype, device=device)
+        out = out_around[:, out_offset : out_offset + columns]
+    result = fold_gradient(fold, logits, target, lse, coefficient, transform, bias, widths, out)
+    slope = coefficient.abs()[:, None] * transform.inner * transform.outer
+    bound = slope * (p + 1e-30) * rounding * 2 + gradient.abs() * ULP[dtype]
+    bound += slope * rounding * (gradient != 0)
+    bound += torch.finfo(dtype).tiny * 2  # results below the smallest normal number
+    assert ((result.double() - gradient).abs() <= bound).all()
+    result.fill_(math.nan)
+    assert out_around.isnan().all()
+    assert out is None or torch.equal(logits, before)
+
+
+def check_accuracy(fold, device, logits, *, relative=2e-6, gradient_relative=2e-5):
+    """lse and gradient of plain logits within what is promised for float32."""
+    rows, columns = logits.shape
+    target = torch.arange(rows, device=device) * 7919 % columns
+    coefficient = torch.ones(rows, dtype=torch.float64, device=device)
+    lse, _, _, gradient = exact_fold(logits, target, coefficient, TRANSFORMS[0], None)
+    statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
+    assert ((statistics.lse - lse).abs() / lse.abs()).max() <= relative
+    out = torch.full_like(logits, math.nan)
+    fold.fold_gradient(logits, target, statistics.lse, coefficient, TRANSFORMS[0], out=out)
+    assert ((out.double() - gradient).norm(dim=1) / gradient.norm(dim=1)).max() <= gradient_relative
+
+
+def check_special_logits(fold, device):
+    """−inf logits have probability 0, also in whole tiles and before the first finite one; 1e30 does not overflow."""
+    logits = torch.full((4, 40), -math.inf)
+    logits[0, 35] = 1.0
+    logits[1, :] = torch.randn(40)
+    logits[2, 5], logits[2, 30] = 1e30, -1e30
+    logits[3, 2:4] = -12345.25
+    target = torch.tensor([35, 3, 5, 2])
+    p = logits.double().softmax(-1)
+    expected = torch.tensor([0.0, p[1, 3].log(), 0.0, math.log(0.5)], dtype=torch.float64)
+    onehot = torch.zeros_like(p).scatter(1, target[:, None], 1.0)
+
+    logits, target = logits.to(device), target.to(device)
+    widths = [16, 16, 8]
+    statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, widths)
+    torch.testing.assert_close(statistics.logp.cpu(), expected, atol=1e-6, rtol=0)
+    ones = torch.ones(4, dtype=torch.float64, device=device)
+    result = fold_gradient(fold, logits, target, statistics.lse, ones, TRANSFORMS[0], None, widths, None)
+    torch.testing.assert_close(result.double().cpu(), onehot - p, atol=1e-6, rtol=0)
+
+
+def check_bad_logits(fold, device, bad, column, columns):
+    """NaN and +inf reach logp wherever they stand."""
+    logits = torch.full((1, columns), -math.inf, device=device)
+    logits[0, column] = bad
+    statistics = fold_statistics(fold, logits, torch.tensor([3], device=device), TRANSFORMS[0], None, [columns])
+    assert statistics.logp.isnan().all()
+
+
+def check_rows_that_do_not_count(fold, device, columns, dtype):
+    """Negative targets: statistics stay; coefficient 0: zeros, whatever stood there."""
+    logits = torch.full((3, columns), math.nan, dtype=dtype, device=device)
+    target = torch.tensor([-1, -100, -1], device=device)
+    statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
+    fresh = Statistics.start(3, torch.device(device))
+    assert all(torch.equal(x, y) for x, y in zip(statistics, fresh, strict=True))
+    nothing = torch.zeros(3, dtype=torch.float64, device=device)
+    fold.fold_gradient(logits, target, statistics.lse, nothing, TRANSFORMS[0])
+    assert (logits == 0).all()
+
+
+def check_peaks(fold, device, *, rows, columns, block, dtype, transform, offset, with_bias):
+    logits, _ = random_tile(rows, columns, dtype, device, offset=offset, padding=1)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.randn(columns, device=device, dtype=work) if with_bias else None
+    target, ones = torch.zeros(rows, dtype=torch.int64, device=device), torch.ones(rows, device=device).double()
+    lse, _, p, _ = exact_fold(logits, target, ones, transform, bias)
+    expected = torch.stack([torch.stack([b.amax() for b in part.split(block, 1)]) for part in p.split(block)])
+    peaks = fold.fold_peaks(logits, lse, transform, block=block, bias=bias)
+    torch.testing.assert_close(peaks, expected, rtol=4e-6, atol=0)
+
+
+def check_long_rows_of_one_block(fold, device, columns):
+    """So many rows that each has one block, which takes several steps: the few that count, and zeros in the others."""
+    rows, counted = 4096, [0, 1, 2048, 4095]
+    logits = torch.full((rows, columns), math.nan, dtype=torch.bfloat16, device=device)
+    logits[counted] = (torch.randn(len(counted), columns) * 3).to(device, torch.bfloat16)
+    target = torch.full((rows,), -1, device=device)
+    target[counted] = torch.tensor([0, columns - 1, columns // 2, 5], device=device)
+    coefficient = torch.zeros(rows, dtype=torch.float64, device=device)
+    coefficient[counted] = 2.0
+    exact = exact_fold(logits[counted], target[counted], coefficient[counted], TRANSFORMS[0], None)
+
+    statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
+    torch.testing.assert_close(statistics.lse[counted], exact[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(statistics.target[counted], exact[1], rtol=0, atol=0)
+    fold.fold_gradient(logits, target, statistics.lse, coefficient, TRANSFORMS[0])
+    error = (logits[counted].double() - exact[3]).abs()
+    assert (error <= exact[3].abs() * 2**-7 + 1e-30).all()
+    logits[counted] = 0
+    assert (logits == 0).all()

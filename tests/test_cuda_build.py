@@ -1,0 +1,394 @@
+"""The CUDA kernels without a GPU: what nvcc makes of them, and the same sources run by an emulation of CUDA.
+
+csrc/cuda/emulation compiles fold.cu, batch.cu and bindings.cpp as C++: every thread of a block is a fiber, in an order
+that can be turned round. So indices, tails, barriers and arithmetic are tested here; exp and tanh are the host's.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import math
+import mmap
+import re
+import runpy
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import cuda_report
+import fold_contract
+import pybind11
+import pytest
+import test_batch
+import test_objective
+import torch
+from fold_contract import fold_statistics, random_tile
+from golden_cases import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fold import DTYPES, TRANSFORMS, exact_fold
+
+from mopo_kernels import backends
+from mopo_kernels.backends import cuda, reference
+
+ROOT = Path(__file__).parents[1]
+BUILD = cuda_report.BUILD
+STEP = {torch.float64: 2048, torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}  # columns a block reads
+OPTIONS = {"tau": 0.3, "eps": 0.02, "policy_step": "clone", "normalize": "group"}
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_nvcc = pytest.mark.skipif(BUILD["find_nvcc"]() is None, reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The CUDA backend with its kernels run by the emulation, standing where the "cpu" backend does."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    module = tmp_path_factory.mktemp("emulated") / "_cuda.so"
+    includes = ["csrc/cuda/emulation", pybind11.get_include(), sysconfig.get_path("include")]
+    sources = [*BUILD["CUDA_SOURCES"], "csrc/cuda/bindings.cpp"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-U_FORTIFY_SOURCE", *(f"-I{path}" for path in includes)]  # fortified longjmp keeps to one stack
+    subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", str(module)], cwd=ROOT, check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", module)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_cuda", extension)
+        patch.setattr(cuda, "UNAVAILABLE", "")
+        patch.setattr(cuda, "_stream", lambda x: contextlib.nullcontext(0))
+        patch.setitem(backends.BACKENDS, "cpu", cuda)
+        yield cuda
+
+
+def in_both_orders(monkeypatch, run):
+    """What `run` returns when threads take turns from the first to the last, and the other way round."""
+    results = []
+    for order in ("forward", "backward"):
+        monkeypatch.setenv("EMULATED_ORDER", order)
+        results.append(run())
+    return results
+
+
+# -------------------------------------------------------------------------------------------------------------- fold
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    widths=st.lists(
+        st.sampled_from([1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 1000, 4095, 4097, 8193]), min_size=1, max_size=3
+    ),
+    offset=st.integers(0, 9),
+    padding=st.integers(0, 9),
+    out_offset=st.one_of(st.none(), st.integers(0, 8)),
+    dtype=st.sampled_from(DTYPES),
+    transform=st.sampled_from(TRANSFORMS),
+    with_bias=st.booleans(),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_ragged_tiles_at_any_alignment(emulated, **case):
+    fold_contract.check_tiles(emulated, "cpu", **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("around", [-1, 0, 1])
+def test_every_alignment_around_a_whole_number_of_steps(emulated, dtype, around):
+    for offset, out_offset in [(0, 0), (1, 1), (0, 1), (3, None), (7, 2)]:
+        fold_contract.check_tiles(
+            *(emulated, "cpu"),
+            **{"rows": 2, "widths": [2 * STEP[dtype] + around], "offset": offset, "padding": 1},
+            **{"out_offset": out_offset, "dtype": dtype, "transform": TRANSFORMS[1]},
+            **{"with_bias": True, "scale": 3.0, "seed": offset},
+        )
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        pytest.param(torch.randn(2, 262144) * 3, id="normal"),
+        pytest.param(torch.full((2, 262144), 0.3), id="all the same"),  # every rounding of the sum goes one way
+        pytest.param(torch.full((2, 262144), -5.3).index_fill(1, torch.tensor([77]), 1.7), id="one above the others"),
+        pytest.param(torch.linspace(-40, 30, 2 * 262144).view(2, -1), id="a new maximum in every step"),
+    ],
+)
+def test_a_vocabulary_of_256k_is_summed_to_2e6(emulated, logits):
+    fold_contract.check_accuracy(emulated, "cpu", logits)
+
+
+def test_masked_vocabulary_and_huge_logits(emulated):
+    fold_contract.check_special_logits(emulated, "cpu")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("columns", [37, 9001])
+def test_nan_and_infinity_are_not_swallowed(emulated, bad, columns):
+    for column in (0, 7, 16, 36, columns - 1):
+        fold_contract.check_bad_logits(emulated, "cpu", bad, column, columns)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [19, 9001])
+def test_rows_that_do_not_count_are_skipped_or_become_zero(emulated, columns, dtype):
+    fold_contract.check_rows_that_do_not_count(emulated, "cpu", columns, dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 100),
+    block=st.sampled_from([1, 8, 33, 128]),
+    dtype=st.sampled_from(DTYPES),
+    transform=st.sampled_from(TRANSFORMS),
+    offset=st.integers(0, 3),
+    with_bias=st.booleans(),
+)
+def test_peaks_are_the_largest_probability_of_each_block(emulated, **case):
+    fold_contract.check_peaks(emulated, "cpu", **case)
+
+
+def test_long_rows_of_one_block(emulated):
+    fold_contract.check_long_rows_of_one_block(emulated, "cpu", 2 * STEP[torch.bfloat16] + 4001)
+
+
+def test_zero_rows_and_zero_columns(emulated):
+    for shape in [(0, 5), (3, 0), (0, 0)]:
+        fold_contract.check_rows_that_do_not_count(emulated, "cpu", 0, torch.float32)
+        tile, per_row = torch.empty(shape), torch.zeros(shape[0], dtype=torch.float64)
+        peaks = emulated.fold_peaks(tile, per_row, TRANSFORMS[0], block=8)
+        assert peaks.shape == (-(-shape[0] // 8), -(-shape[1] // 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_threads_changes_no_bit_of_a_fold(emulated, monkeypatch, dtype):
+    logits, _ = random_tile(3, 2 * STEP[dtype] + 77, dtype, "cpu", offset=1)
+    target, ones = torch.tensor([3, 8, 9001]) % logits.shape[1], torch.ones(3, dtype=torch.float64)
+
+    def run():
+        statistics = fold_statistics(emulated, logits, target, TRANSFORMS[2], None, [77, logits.shape[1] - 77])
+        grad = torch.full_like(logits, math.nan)
+        emulated.fold_gradient(logits, target, statistics.lse, ones, TRANSFORMS[2], out=grad)
+        return *statistics, grad, emulated.fold_peaks(logits, statistics.lse, TRANSFORMS[2], block=128)
+
+    assert all(torch.equal(x, y) for x, y in zip(*in_both_orders(monkeypatch, run), strict=True))
+
+
+def test_the_binding_refuses_what_the_kernels_cannot_take(emulated):
+    tile, per_row = torch.zeros(2, 3), torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="int32"):
+        emulated.fold_gradient(tile.int(), torch.zeros(2, dtype=torch.int64), per_row, per_row, TRANSFORMS[0])
+    with pytest.raises(ValueError, match="overlap"):
+        emulated.fold_peaks(tile[:1].expand(2, 3), per_row, TRANSFORMS[0], block=8)
+    with pytest.raises(ValueError, match="a per-row array is missing"):
+        emulated._cuda.statistics(1, "float32", 1, 2**20, 2**20, 0, 0, 1, 1.0, 1.0, False, 1, 1, 1, 0, 0)
+
+
+# --------------------------------------------------------------------------------------- addresses of more than 31 bits
+
+ROWS, VOCAB = 2**17, 2**18
+
+
+def sparse(*shape, dtype):
+    """Memory that exists where it is touched."""
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names since 3.12 only
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    try:
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    except OSError as error:
+        pytest.skip(f"no room for {shape} in the address space: {error}")
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_statistics_of_2_to_the_35_logits(emulated, dtype):
+    """A block per row, so the longest sums there are; equal terms round the same way in all of them."""
+    logits, counted = sparse(ROWS, VOCAB, dtype=dtype), [0, ROWS // 2 + 1, ROWS - 1]
+    logits[counted] = torch.randn(3, VOCAB).to(dtype)
+    logits[ROWS // 2 + 1] = 0.3
+    logits[ROWS // 2 + 1, 5] = 1
+    target = torch.full((ROWS,), -1)
+    target[counted] = torch.tensor([1, VOCAB - 1, 77])
+    lse, at_target, *_ = exact_fold(logits[counted], target[counted], torch.ones(3).double(), TRANSFORMS[0], None)
+    statistics = fold_statistics(emulated, logits, target, TRANSFORMS[0], None, [VOCAB])
+    torch.testing.assert_close(statistics.lse[counted], lse, rtol=2e-6, atol=0)
+    torch.testing.assert_close(statistics.target[counted], at_target, rtol=0, atol=0)
+    assert (statistics.sum == 0).sum() == ROWS - 3
+
+
+def test_gradient_and_peaks_of_rows_2_to_the_33_apart(emulated):
+    memory = sparse(ROWS, VOCAB, dtype=torch.bfloat16)
+    first, second = (torch.as_strided(memory, (4, 300), (ROWS // 4 * VOCAB, 1), 1000 * i) for i in range(2))
+    first.copy_(torch.randn(4, 300))
+    target, coefficient = torch.tensor([0, 1, 2, 299]), torch.randn(4, dtype=torch.float64)
+    lse, _, p, gradient = exact_fold(first, target, coefficient, TRANSFORMS[0], None)
+    emulated.fold_gradient(first, target, lse, coefficient, TRANSFORMS[0], out=second)
+    assert ((second.double() - gradient).abs() <= gradient.abs() * 2**-7 + 1e-12).all()
+    peaks = emulated.fold_peaks(first, lse, TRANSFORMS[0], block=512)
+    torch.testing.assert_close(peaks, p.amax().view(1, 1), rtol=4e-6, atol=0)
+
+
+def test_sums_of_sequences_2_to_the_33_apart(emulated):
+    stride, shape = 2**33, (3, 50)
+    logp = torch.as_strided(sparse(3 * stride, dtype=torch.float32), shape, (stride, 1))
+    target = torch.as_strided(sparse(3 * stride, dtype=torch.int64), shape, (stride, 1))
+    logp.copy_(torch.randn(shape))
+    target[1, :20] = -100
+    sums, counts = emulated.sequence_sums(logp, target, -100)
+    expected, expected_counts = reference.sequence_sums(logp, target, -100)
+    torch.testing.assert_close(sums, expected)
+    assert torch.equal(counts, expected_counts)
+
+
+# ------------------------------------------------------------------------------------------------------------- batch
+
+
+@pytest.mark.parametrize("case", golden("batch"))
+def test_golden_batch(emulated, case):
+    for policy_step in test_objective.POLICY_STEPS:
+        test_objective.test_golden_batch(case, policy_step, "cpu")
+
+
+@given(
+    batch=test_batch.batches,
+    tau=st.sampled_from([0.08, 0.3, 2.0]),
+    eps=st.sampled_from([0.0, 1e-6, 0.01, 0.15, 1.3, 50.0]),
+    policy_step=st.sampled_from(test_batch.STEPS),
+    normalize=st.sampled_from(["group", "none"]),
+)
+@settings(deadline=None, max_examples=150)
+def test_objective_is_what_plain_torch_computes(emulated, batch, **options):
+    test_batch.assert_same(test_batch.values_of(batch, "cpu", **options), test_batch.expected_of(batch, **options))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([2], id="one pair"),
+        pytest.param([2] * 300, id="pairs of more threads than a block has"),
+        pytest.param([700], id="one large group"),
+        pytest.param([2, 200, 3, 57], id="very unequal groups"),
+    ],
+)
+@pytest.mark.parametrize("policy_step", test_batch.STEPS)
+def test_groups_of_any_number_and_size(emulated, sizes, policy_step):
+    test_batch.test_groups_of_any_number_and_size("cpu", sizes, policy_step)
+
+
+def test_more_objectives_than_a_block_has_warps(emulated):
+    batch = test_batch.random_batch(3, [2, 3, 4], objectives=21, unlabelled=0.3)
+    test_batch.assert_same(test_batch.values_of(batch, "cpu", **OPTIONS), test_batch.expected_of(batch, **OPTIONS))
+
+
+def test_what_is_not_kept_is_neither_read_nor_counted(emulated):
+    for seed in range(5):
+        batch = test_batch.random_batch(seed, [2, 3, 4, 2], kept=True, dtypes=test_batch.FLOATS)
+        test_batch.assert_same(test_batch.values_of(batch, "cpu", **OPTIONS), test_batch.expected_of(batch, **OPTIONS))
+
+
+@pytest.mark.parametrize("argument", range(6))
+def test_bad_values_are_flagged(emulated, argument):
+    batch = test_batch.random_batch(6, [2, 3])
+    batch[argument].view(-1)[1] = 7 if argument == 2 else math.inf
+    assert test_batch.values_of(batch, "cpu", **OPTIONS | {"policy_step": "regress"}).valid == 0
+
+
+@pytest.mark.parametrize("policy_step", test_batch.STEPS)
+def test_the_order_of_threads_changes_no_bit_of_the_objective(emulated, monkeypatch, policy_step):
+    batch = test_batch.random_batch(5, [2, 3, 5] * 40, unlabelled=0.2)
+    options = {**OPTIONS, "eps": 0.1, "policy_step": policy_step}
+    forward, backward = in_both_orders(monkeypatch, lambda: test_batch.values_of(batch, "cpu", **options))
+    assert all(torch.equal(x, y) for x, y in zip(forward, backward, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (3, 0), (1, 1), (4, 255), (3, 256), (2, 3000)])
+@pytest.mark.parametrize("dtype", test_batch.FLOATS)
+def test_sequence_sums(emulated, rows, columns, dtype):
+    logp, target = torch.randn(rows, columns + 3, dtype=dtype)[:, 2:-1], torch.randint(0, 3, (rows, columns + 1))[:, 1:]
+    expected, expected_counts = reference.sequence_sums(logp, target, 0)
+    sums, counts = emulated.sequence_sums(logp.masked_fill_(target == 0, math.nan), target, 0)
+    torch.testing.assert_close(sums, expected, **test_batch.SUMS)
+    assert torch.equal(counts, expected_counts)
+
+
+# -------------------------------------------------------------------------------------------------------------- nvcc
+
+# 85 registers leave three blocks of 256 threads on a multiprocessor; the objective is one block in all.
+REGISTERS = {"statistics_kernel": 85, "gradient_kernel": 85, "peaks_kernel": 64, "sequence_sums_kernel": 64}
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "names", [["9.0a"], pytest.param(BUILD["CUDA_ARCHS"].split(), marks=pytest.mark.slow)], ids=["9.0a", "all"]
+)
+def test_no_kernel_spills_and_registers_leave_room_for_three_blocks(names):
+    resources = cuda_report.kernel_resources(names)
+    assert len(resources) == 16 * len(names)
+    for found in resources:
+        assert found.spill_bytes == found.stack_bytes == 0, found
+        assert found.registers <= REGISTERS.get(found.kernel.split("<")[0], 168), found
+    assert cuda_report.resource_table(resources).count("\n") == 17
+
+
+@needs_nvcc
+def test_logits_are_read_and_written_16_bytes_at_a_time():
+    command = [BUILD["find_nvcc"](), "-ptx", *BUILD["NVCC_FLAGS"], "-arch=compute_90", "csrc/cuda/fold.cu", "-o", "-"]
+    ptx = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"\.entry \w*?\d(statistics|gradient)_kernel(.*?)\n}", ptx, re.DOTALL)
+    assert len(kernels) == 8
+    wide = r"\.global\.(v4\.[bfu]32|v2\.[bfu]64)"
+    for name, body in kernels:
+        assert len(re.findall("ld" + wide, body)) >= 4
+        assert name == "statistics" or len(re.findall("st" + wide, body)) >= 4
+
+
+def test_architectures_become_options_of_nvcc():
+    options = BUILD["code_generation"](["8.0", "9.0a", "12.0+PTX"])
+    codes = [("80", "sm_80"), ("90a", "sm_90a"), ("120", "sm_120"), ("120", "compute_120")]
+    assert options == [f"-gencode=arch=compute_{number},code={code}" for number, code in codes]
+    with pytest.raises(SystemExit, match=r"MOPO_CUDA_ARCHS must be like .* got 'sm_90'"):
+        BUILD["code_generation"](["sm_90"])
+
+
+def build_script(monkeypatch, **environment):
+    """What setup.py defines in this environment."""
+    for name in ("MOPO_BUILD_CUDA", "MOPO_CUDA_ARCHS", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("setup.py", run_name="build_options")
+
+
+def test_a_forced_build_says_what_is_missing(monkeypatch):
+    with pytest.raises(SystemExit, match="MOPO_BUILD_CUDA=1, but nvcc is missing: install the CUDA toolkit"):
+        build_script(monkeypatch, MOPO_BUILD_CUDA="1", CUDA_HOME="/nowhere")["cuda_extensions"]()
+
+
+def test_without_nvcc_or_a_torch_with_cuda_the_kernels_are_left_out(monkeypatch, capsys):
+    assert build_script(monkeypatch, CUDA_HOME="/nowhere")["cuda_extensions"]() == []
+    assert "nvcc is missing" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", None)
+    if BUILD["find_nvcc"]():
+        assert build_script(monkeypatch)["cuda_extensions"]() == []
+        assert "no torch with CUDA is in sight" in capsys.readouterr().err
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("version", "built"), [("99.0", True), ("1.0", False)])
+def test_nvcc_must_not_be_newer_than_torch(monkeypatch, version, built):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    assert bool(build_script(monkeypatch)["cuda_extensions"]()) == built
+    (extension,) = build_script(monkeypatch, MOPO_BUILD_CUDA="1", MOPO_CUDA_ARCHS="8.9")["cuda_extensions"]()
+    assert not extension.optional
+    assert [x for x in extension.extra_compile_args if "gencode" in x] == ["-gencode=arch=compute_89,code=sm_89"]
+    assert build_script(monkeypatch, MOPO_BUILD_CUDA="0")["cuda_extensions"]() == []
+
+
+def test_every_kernel_is_in_the_extension_and_the_source_distribution():
+    assert set(BUILD["CUDA_SOURCES"]) == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    patterns = (ROOT / "MANIFEST.in").read_text().split()
+    files = [path for path in itertools.chain((ROOT / "csrc").rglob("*.*")) if path.is_file()]
+    assert all(f"*{path.suffix}" in patterns for path in files), files
