@@ -25,7 +25,7 @@ import test_objective
 import torch
 from fold_contract import fold_statistics, random_tile
 from golden_cases import golden
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_fold import DTYPES, TRANSFORMS, exact_fold
 
@@ -51,6 +51,8 @@ def emulated(tmp_path_factory):
     sources = [*BUILD["CUDA_SOURCES"], "csrc/cuda/bindings.cpp"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-U_FORTIFY_SOURCE", *(f"-I{path}" for path in includes)]  # fortified longjmp keeps to one stack
+    # A 16-byte access that is not aligned stops the process, as it would stop a GPU.
+    flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", str(module)], cwd=ROOT, check=True)
     spec = importlib.util.spec_from_file_location("_cuda", module)
     extension = importlib.util.module_from_spec(spec)
@@ -260,6 +262,8 @@ def test_golden_batch(emulated, case):
 )
 @settings(deadline=None, max_examples=150)
 def test_objective_is_what_plain_torch_computes(emulated, batch, **options):
+    # Where labels are equal the ratios differ by rounding alone, and without normalisation by huge roundings: so does χ.
+    assume(options["normalize"] == "group" or batch[1].nan_to_num(nan=0.5).unique().numel() > 1)
     test_batch.assert_same(test_batch.values_of(batch, "cpu", **options), test_batch.expected_of(batch, **options))
 
 

@@ -25,10 +25,10 @@ struct Team {
             __syncwarp();
     }
 
-    // Each x[n] becomes `combine` over the threads' x[n], the same bits in all of them; memory written before is seen.
+    // Each x[n] becomes `combine` over the threads' x[n], the same bits in all of them.
     template <int N, class F>
     static __device__ void reduce(double (&x)[N], F combine) {
-        synchronize();
+        __syncwarp();  // shuffles alone do not order what lanes have written to memory
         for (double& value : x)
             for (int lane = WARP / 2; lane > 0; lane /= 2)
                 value = combine(value, __shfl_xor_sync(ALL_LANES, value, lane));

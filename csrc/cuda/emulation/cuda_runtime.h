@@ -2,8 +2,9 @@
 // the toolkit's and the same sources compile as C++.
 //
 // Blocks run one after the other. A block's threads are fibers on stacks of their own, and a barrier or a shuffle is a
-// switch to the next one; EMULATED_ORDER=backward runs them from the last to the first, so that a result that hangs on
-// their order (a barrier that is missing) shows. A barrier that some threads of the block never reach aborts.
+// switch to the next one. Each warp runs as far ahead of the others as barriers let it, from the first to the last or,
+// with EMULATED_ORDER=backward, from the last to the first: a result that hangs on their order (a barrier is missing)
+// shows. A barrier that some threads of the block never reach aborts.
 #pragma once
 
 #include <setjmp.h>
@@ -104,17 +105,25 @@ inline bool released(unsigned first, unsigned last, State barrier) {
     return waiting;
 }
 
-inline void run_block(unsigned threads, bool backward) {
-    for (unsigned thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
-    for (bool running = true; running;) {
-        for (unsigned i = 0; i < threads; ++i) {
-            const unsigned thread = backward ? threads - 1 - i : i;
+// Runs the threads of a warp until all wait for the block or are done.
+inline void run_warp(unsigned first, unsigned last, bool backward) {
+    do {
+        for (unsigned i = 0; i < last - first; ++i) {
+            const unsigned thread = backward ? last - 1 - i : first + i;
             if (fibers[thread].state == State::ready) resume(thread);
         }
-        running = released(0, threads, State::at_block_barrier);
-        for (unsigned first = 0; first < threads; first += WARP)
-            running |= released(first, first + WARP, State::at_warp_barrier);
-    }
+    } while (released(first, last, State::at_warp_barrier));
+}
+
+inline void run_block(unsigned threads, bool backward) {
+    const unsigned warps = (threads + WARP - 1) / WARP;
+    for (unsigned thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
+    do {
+        for (unsigned i = 0; i < warps; ++i) {
+            const unsigned first = WARP * (backward ? warps - 1 - i : i);
+            run_warp(first, first + WARP < threads ? first + WARP : threads, backward);
+        }
+    } while (released(0, threads, State::at_block_barrier));
     for (unsigned thread = 0; thread < threads; ++thread) {
         if (fibers[thread].state == State::done) continue;
         std::fprintf(stderr, "thread %u of block %u waits at a barrier that others do not reach\n", thread, blockIdx.x);
