@@ -37,15 +37,14 @@ BUILD = cuda_report.BUILD
 STEP = {torch.float64: 2048, torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}  # columns a block reads
 OPTIONS = {"tau": 0.3, "eps": 0.02, "policy_step": "clone", "normalize": "group"}
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 needs_nvcc = pytest.mark.skipif(BUILD["find_nvcc"]() is None, reason="needs nvcc")
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The CUDA backend with its kernels run by the emulation, standing where the "cpu" backend does."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
+    if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
+        pytest.skip("needs g++ 12, for _Float16")
     module = tmp_path_factory.mktemp("emulated") / "_cuda.so"
     includes = ["csrc/cuda/emulation", pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*BUILD["CUDA_SOURCES"], "csrc/cuda/bindings.cpp"]
@@ -262,7 +261,7 @@ def test_golden_batch(emulated, case):
 )
 @settings(deadline=None, max_examples=150)
 def test_objective_is_what_plain_torch_computes(emulated, batch, **options):
-    # Where labels are equal the ratios differ by rounding alone, and without normalisation by huge roundings: so does χ.
+    # Equal labels give ratios that differ by rounding alone, much of it without normalisation, and χ is their spread.
     assume(options["normalize"] == "group" or batch[1].nan_to_num(nan=0.5).unique().numel() > 1)
     test_batch.assert_same(test_batch.values_of(batch, "cpu", **options), test_batch.expected_of(batch, **options))
 
@@ -315,6 +314,45 @@ def test_sequence_sums(emulated, rows, columns, dtype):
     sums, counts = emulated.sequence_sums(logp.masked_fill_(target == 0, math.nan), target, 0)
     torch.testing.assert_close(sums, expected, **test_batch.SUMS)
     assert torch.equal(counts, expected_counts)
+
+
+TEAM_TEST = """
+#include <cstdio>
+#include "launch.cuh"
+#include "team.cuh"
+
+template <int THREADS>
+__global__ void rounds(int* wrong) {  // one call after the other of the same reduction, by warps that do not wait
+    const mopo::Team<THREADS> team;
+    for (int64_t n : {0, 1, 31, 32, 33, 500, 1000}) {
+        double total[2];
+        team.sum(n, total, [&](int64_t i, double* sum) { sum[0] += i, sum[1] += n; });
+        *wrong += total[0] != n * (n - 1) / 2 || total[1] != n * n;
+        *wrong += team.max(n, [&](int64_t i) { return i % 7 - n; }) != (n == 0 ? -INFINITY : (n < 7 ? n - 1 : 6) - n);
+        *wrong += team.min(n, [&](int64_t i) { return n - i; }) != (n == 0 ? INFINITY : 1);
+    }
+}
+
+int main() {
+    int wrong = 0;
+    mopo::launch(rounds<mopo::WARP>, 1, 64, nullptr, &wrong);
+    mopo::launch(rounds<256>, 2, 256, nullptr, &wrong);
+    std::printf("%d", wrong);
+}
+"""
+
+
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_reductions_of_a_team_follow_each_other(tmp_path, monkeypatch, order):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    monkeypatch.setenv("EMULATED_ORDER", order)
+    source, program = tmp_path / "team.cpp", tmp_path / "team"
+    source.write_text(TEAM_TEST)
+    folder = ROOT / "csrc" / "cuda"
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", f"-I{folder / 'emulation'}", f"-I{folder}"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
+    assert subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout == "0"
 
 
 # -------------------------------------------------------------------------------------------------------------- nvcc
@@ -389,6 +427,11 @@ def test_nvcc_must_not_be_newer_than_torch(monkeypatch, version, built):
     assert not extension.optional
     assert [x for x in extension.extra_compile_args if "gencode" in x] == ["-gencode=arch=compute_89,code=sm_89"]
     assert build_script(monkeypatch, MOPO_BUILD_CUDA="0")["cuda_extensions"]() == []
+
+
+@pytest.mark.skipif(not cuda.UNAVAILABLE, reason="the extension is built")
+def test_the_backend_says_how_to_build_it():
+    assert "MOPO_BUILD_CUDA=1 pip install --no-build-isolation" in cuda.UNAVAILABLE
 
 
 def test_every_kernel_is_in_the_extension_and_the_source_distribution():
