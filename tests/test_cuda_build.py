@@ -37,6 +37,8 @@ BUILD = cuda_report.BUILD
 STEP = {torch.float64: 2048, torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}  # columns a block reads
 OPTIONS = {"tau": 0.3, "eps": 0.02, "policy_step": "clone", "normalize": "group"}
 
+UNAVAILABLE = cuda.UNAVAILABLE  # before the emulation takes its place
+
 needs_nvcc = pytest.mark.skipif(BUILD["find_nvcc"]() is None, reason="needs nvcc")
 
 
@@ -64,10 +66,13 @@ def emulated(tmp_path_factory):
         yield cuda
 
 
-def in_both_orders(monkeypatch, run):
-    """What `run` returns when threads take turns from the first to the last, and the other way round."""
+ORDERS = ["forward", "backward", "interleaved"]
+
+
+def in_every_order(monkeypatch, run):
+    """What `run` returns when warps run ahead of each other, from the first or from the last, or take turns."""
     results = []
-    for order in ("forward", "backward"):
+    for order in ORDERS:
         monkeypatch.setenv("EMULATED_ORDER", order)
         results.append(run())
     return results
@@ -174,7 +179,8 @@ def test_the_order_of_threads_changes_no_bit_of_a_fold(emulated, monkeypatch, dt
         emulated.fold_gradient(logits, target, statistics.lse, ones, TRANSFORMS[2], out=grad)
         return *statistics, grad, emulated.fold_peaks(logits, statistics.lse, TRANSFORMS[2], block=128)
 
-    assert all(torch.equal(x, y) for x, y in zip(*in_both_orders(monkeypatch, run), strict=True))
+    for results in zip(*in_every_order(monkeypatch, run), strict=True):
+        assert all(torch.equal(x, results[0]) for x in results)
 
 
 def test_the_binding_refuses_what_the_kernels_cannot_take(emulated):
@@ -302,8 +308,9 @@ def test_bad_values_are_flagged(emulated, argument):
 def test_the_order_of_threads_changes_no_bit_of_the_objective(emulated, monkeypatch, policy_step):
     batch = test_batch.random_batch(5, [2, 3, 5] * 40, unlabelled=0.2)
     options = {**OPTIONS, "eps": 0.1, "policy_step": policy_step}
-    forward, backward = in_both_orders(monkeypatch, lambda: test_batch.values_of(batch, "cpu", **options))
-    assert all(torch.equal(x, y) for x, y in zip(forward, backward, strict=True))
+    runs = in_every_order(monkeypatch, lambda: test_batch.values_of(batch, "cpu", **options))
+    for results in zip(*runs, strict=True):
+        assert all(torch.equal(x, results[0]) for x in results)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (3, 0), (1, 1), (4, 255), (3, 256), (2, 3000)])
@@ -342,7 +349,7 @@ int main() {
 """
 
 
-@pytest.mark.parametrize("order", ["forward", "backward"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_reductions_of_a_team_follow_each_other(tmp_path, monkeypatch, order):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -429,9 +436,9 @@ def test_nvcc_must_not_be_newer_than_torch(monkeypatch, version, built):
     assert build_script(monkeypatch, MOPO_BUILD_CUDA="0")["cuda_extensions"]() == []
 
 
-@pytest.mark.skipif(not cuda.UNAVAILABLE, reason="the extension is built")
+@pytest.mark.skipif(not UNAVAILABLE, reason="the extension is built")
 def test_the_backend_says_how_to_build_it():
-    assert "MOPO_BUILD_CUDA=1 pip install --no-build-isolation" in cuda.UNAVAILABLE
+    assert "MOPO_BUILD_CUDA=1 pip install --no-build-isolation" in UNAVAILABLE
 
 
 def test_every_kernel_is_in_the_extension_and_the_source_distribution():

@@ -2,9 +2,10 @@
 // the toolkit's and the same sources compile as C++.
 //
 // Blocks run one after the other. A block's threads are fibers on stacks of their own, and a barrier or a shuffle is a
-// switch to the next one. Each warp runs as far ahead of the others as barriers let it, from the first to the last or,
-// with EMULATED_ORDER=backward, from the last to the first: a result that hangs on their order (a barrier is missing)
-// shows. A barrier that some threads of the block never reach aborts.
+// switch to the next one. EMULATED_ORDER says who goes first: each warp runs as far ahead of the others as barriers let
+// it, from the first to the last ("forward") or from the last to the first ("backward"), or the warps take turns at
+// every barrier ("interleaved"). A result that hangs on it shows that a barrier is missing or memory shared by mistake.
+// A barrier that some threads of the block never reach aborts.
 #pragma once
 
 #include <setjmp.h>
@@ -105,25 +106,39 @@ inline bool released(unsigned first, unsigned last, State barrier) {
     return waiting;
 }
 
-// Runs the threads of a warp until all wait for the block or are done.
-inline void run_warp(unsigned first, unsigned last, bool backward) {
-    do {
-        for (unsigned i = 0; i < last - first; ++i) {
-            const unsigned thread = backward ? last - 1 - i : first + i;
-            if (fibers[thread].state == State::ready) resume(thread);
-        }
-    } while (released(first, last, State::at_warp_barrier));
+enum class Order { forward, backward, interleaved };
+
+inline Order order_of(const char* name) {
+    if (name && std::strcmp(name, "backward") == 0) return Order::backward;
+    return name && std::strcmp(name, "interleaved") == 0 ? Order::interleaved : Order::forward;
 }
 
-inline void run_block(unsigned threads, bool backward) {
+// Runs the threads of a warp until all wait for the block or are done, or only to their next barrier; whether they
+// could go on.
+inline bool run_warp(unsigned first, unsigned last, Order order) {
+    bool more = true;
+    while (more) {
+        for (unsigned i = 0; i < last - first; ++i) {
+            const unsigned thread = order == Order::backward ? last - 1 - i : first + i;
+            if (fibers[thread].state == State::ready) resume(thread);
+        }
+        more = released(first, last, State::at_warp_barrier);
+        if (order == Order::interleaved) break;
+    }
+    return more;
+}
+
+inline void run_block(unsigned threads, Order order) {
     const unsigned warps = (threads + WARP - 1) / WARP;
     for (unsigned thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
-    do {
+    for (bool more = true; more;) {
+        more = false;
         for (unsigned i = 0; i < warps; ++i) {
-            const unsigned first = WARP * (backward ? warps - 1 - i : i);
-            run_warp(first, first + WARP < threads ? first + WARP : threads, backward);
+            const unsigned first = WARP * (order == Order::backward ? warps - 1 - i : i);
+            more |= run_warp(first, first + WARP < threads ? first + WARP : threads, order);
         }
-    } while (released(0, threads, State::at_block_barrier));
+        more |= released(0, threads, State::at_block_barrier);
+    }
     for (unsigned thread = 0; thread < threads; ++thread) {
         if (fibers[thread].state == State::done) continue;
         std::fprintf(stderr, "thread %u of block %u waits at a barrier that others do not reach\n", thread, blockIdx.x);
@@ -149,9 +164,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Parameters... arguments) {
     const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
     if (blocks == 0 || threads == 0 || threads > 1024) return cudaErrorInvalidConfiguration;
-    const char* order = std::getenv("EMULATED_ORDER");
-    const bool backward = order && std::strcmp(order, "backward") == 0;
+    const emulation::Order order = emulation::order_of(std::getenv("EMULATED_ORDER"));
     emulation::body = [=] { kernel(arguments...); };
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulation::run_block(threads, backward);
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) emulation::run_block(threads, order);
     return cudaSuccess;
 }
