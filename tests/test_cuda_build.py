@@ -58,12 +58,14 @@ def emulated(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("_cuda", module)
     extension = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(extension)
+    torch.use_deterministic_algorithms(True)  # whatever torch allocates holds NaN until it is written
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_cuda", extension)
         patch.setattr(cuda, "UNAVAILABLE", "")
         patch.setattr(cuda, "_stream", lambda x: contextlib.nullcontext(0))
         patch.setitem(backends.BACKENDS, "cpu", cuda)
         yield cuda
+    torch.use_deterministic_algorithms(False)
 
 
 ORDERS = ["forward", "backward", "interleaved"]
@@ -329,12 +331,16 @@ TEAM_TEST = """
 #include "team.cuh"
 
 template <int THREADS>
-__global__ void rounds(int* wrong) {  // one call after the other of the same reduction, by warps that do not wait
+__global__ void rounds(int* wrong, int64_t* memory) {  // the same calls again and again, by warps that do not wait
     const mopo::Team<THREADS> team;
+    int64_t* own = memory + 1001 * (threadIdx.x / THREADS);
     for (int64_t n : {0, 1, 31, 32, 33, 500, 1000}) {
+        team.for_each(n, [&](int64_t i) { own[i] = i + n; });
         double total[2];
-        team.sum(n, total, [&](int64_t i, double* sum) { sum[0] += i, sum[1] += n; });
+        team.sum(n, total, [&](int64_t i, double* sum) { sum[0] += own[n - 1 - i] - n, sum[1] += n; });
         *wrong += total[0] != n * (n - 1) / 2 || total[1] != n * n;
+        team.once([&] { own[1000] = n; });
+        *wrong += own[1000] != n;
         *wrong += team.max(n, [&](int64_t i) { return i % 7 - n; }) != (n == 0 ? -INFINITY : (n < 7 ? n - 1 : 6) - n);
         *wrong += team.min(n, [&](int64_t i) { return n - i; }) != (n == 0 ? INFINITY : 1);
     }
@@ -342,8 +348,9 @@ __global__ void rounds(int* wrong) {  // one call after the other of the same re
 
 int main() {
     int wrong = 0;
-    mopo::launch(rounds<mopo::WARP>, 1, 64, nullptr, &wrong);
-    mopo::launch(rounds<256>, 2, 256, nullptr, &wrong);
+    int64_t memory[2002];
+    mopo::launch(rounds<mopo::WARP>, 1, 64, nullptr, &wrong, memory);
+    mopo::launch(rounds<256>, 2, 256, nullptr, &wrong, memory);
     std::printf("%d", wrong);
 }
 """
