@@ -1,11 +1,15 @@
-"""The ways in which launchers call Triton kernels, so that each can be compiled where there is no GPU to launch it on."""
+"""How launchers call Triton kernels, so that each can be compiled where there is no GPU to launch it on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
 TYPES = {
@@ -40,6 +44,30 @@ class Configuration(NamedTuple):
         constexprs = {argument: arguments[argument] for argument, kind in types.items() if kind == "constexpr"}
         aligned = [place for place, argument in enumerate(types) if _is_aligned(types[argument], arguments[argument])]
         return cls(name, kernel, types, constexprs, {(place,): ALIGNED for place in aligned}, options)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Configuration]]:
+    """Triton kernels called in this context are not launched: the configuration of each call is in the list, once."""
+    found: list[Configuration] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+        values = inspect.signature(kernel.fn).bind(*arguments, **keywords).arguments
+        configuration = Configuration.of(_name(kernel, values), kernel, values, **options)
+        if configuration not in found:
+            found.append(configuration)
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        yield found
+
+
+def _name(kernel: Any, values: Mapping[str, Any]) -> str:
+    """What tells a call from others of this kernel: dtypes, constants, absent arguments, unaligned numbers."""
+    dtypes = dict.fromkeys(TYPES[x.dtype] for x in values.values() if isinstance(x, Tensor))
+    constants = [f"{p.name}={values[p.name]}" for p in kernel.params if p.is_constexpr or values[p.name] is None]
+    odd = [f"{name}={x}" for name, x in values.items() if name.endswith("stride") and x % 16 != 0]
+    return f"{kernel.__name__}({', '.join([*dtypes, *constants, *odd])})"
 
 
 def _type(parameter: Any, value: Any) -> str:
