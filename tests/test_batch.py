@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopo_kernels import backends, mopo_loss, mopo_objective, sequence_logprob
-from mopo_kernels.backends import reference
+from mopo_kernels.backends import reference, triton
 from mopo_kernels.backends.batch import ObjectiveValues
 from mopo_kernels.objective_ops import objective as objective_op
 from mopo_kernels.objective_ops import sequence_sums as sequence_sums_op
@@ -24,14 +24,36 @@ SUMS = {"rtol": 1e-10, "atol": 1e-12}  # two float64 evaluation orders
 CHI = {"rtol": 1e-7, "atol": 1e-9}  # a KL near 1e-6 cancels to 1e-10, one that saturates hardly moves with chi
 
 
-@pytest.fixture(params=["cpu", "cuda"], scope="module")
+@pytest.fixture(params=["cpu", "cuda", "triton"], scope="module")
 def backend(request):
-    """Name of a backend and of the device it runs on: each has its own."""
-    name = request.param
-    if name not in backends.PREFERENCE["objective"].get(name, ()) or (name == "cuda" and not torch.cuda.is_available()):
-        pytest.skip(f"no backend {name} here")
-    backends.choose("objective", name, name)
+    """Name of a backend and of the device it runs on: each has its own, and Triton's kernels stand there in a turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        name = standing_in(patch, triton) if request.param == "triton" else request.param
+        if name not in backends.PREFERENCE["objective"].get(name, ()):
+            pytest.skip(f"no backend {name} here")
+        if name == "cuda" and not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        backends.choose("objective", name, name)
+        yield name
+
+
+def standing_in(patch, module):
+    """Let a module run under the name of the device that this machine has."""
+    if module.UNAVAILABLE:
+        pytest.skip(module.UNAVAILABLE)
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    patch.setitem(backends.BACKENDS, name, module)
+    for op in ("objective", "sequence_sums"):
+        patch.setitem(backends.PREFERENCE[op], name, (name, "reference"))
     return name
+
+
+@pytest.fixture
+def fast_backend(backend):
+    """One that runs hundreds of examples in no time."""
+    if backends.batch(backend) is triton and backend == "cpu":
+        pytest.skip("the interpreter runs fewer of them, in test_triton.py")
+    return backend
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -135,16 +157,16 @@ def assert_same(values, expected):
     normalize=st.sampled_from(["group", "none"]),
 )
 @settings(deadline=None, max_examples=300)
-def test_objective_is_what_plain_torch_computes(backend, batch, **options):
-    assert_same(values_of(batch, backend, **options), expected_of(batch, **options))
+def test_objective_is_what_plain_torch_computes(fast_backend, batch, **options):
+    assert_same(values_of(batch, fast_backend, **options), expected_of(batch, **options))
 
 
 @given(seed=st.integers(0, 10**6), normalize=st.sampled_from(["group", "none"]))
 @settings(deadline=None, max_examples=50)
-def test_what_is_not_kept_is_neither_read_nor_counted(backend, seed, normalize):
+def test_what_is_not_kept_is_neither_read_nor_counted(fast_backend, seed, normalize):
     batch = random_batch(seed, [2, 3, 4, 2], kept=True, dtypes=FLOATS)
     options = {"tau": 0.3, "eps": 0.02, "policy_step": "clone", "normalize": normalize}
-    assert_same(values_of(batch, backend, **options), expected_of(batch, **options))
+    assert_same(values_of(batch, fast_backend, **options), expected_of(batch, **options))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ALIGN = 16  # elements: 16 bytes or more of any dtype
 BLOCK_BYTES = 16384  # of logits in flight per program: 4 vectors of 16 bytes for each of 256 threads
 ENOUGH_PROGRAMS = 4096  # for the largest GPU to be busy to the end of its last wave
 PARTS_BLOCK = 128  # partial results combined at a time
-PEAKS_ROWS, PEAKS_COLUMNS = 16, 128
+PEAKS_ROWS, PEAKS_COLUMNS = 8, 128
 OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
