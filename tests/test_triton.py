@@ -192,8 +192,8 @@ def sparse(size, dtype):
 
 
 @on_cpu
-@pytest.mark.parametrize("stride", [2**31 + 48, 2**32 + 3], ids=["aligned", "odd"])
-def test_rows_more_than_2_to_the_31_apart(stride):
+@pytest.mark.parametrize("stride", [2**30 + 48, 2**32 + 3], ids=["aligned", "odd"])
+def test_rows_that_begin_behind_2_to_the_31_elements(stride):
     memory = sparse(3 * stride, torch.bfloat16)
     first, second = (torch.as_strided(memory, (3, 300), (stride, 1), 1000 * i) for i in range(2))
     first.copy_(torch.randn(3, 300))
@@ -209,10 +209,10 @@ def test_rows_more_than_2_to_the_31_apart(stride):
 
 
 @on_cpu
-def test_sums_of_sequences_more_than_2_to_the_31_apart():
-    stride = 2**31 + 5
-    logp, target = (torch.as_strided(sparse(2 * stride, x), (2, 50), (stride, 1)) for x in (torch.float32, torch.int64))
-    logp.copy_(torch.randn(2, 50))
+def test_sums_of_sequences_that_begin_behind_2_to_the_31_elements():
+    stride, shape = 2**30 + 5, (3, 50)
+    logp, target = (torch.as_strided(sparse(3 * stride, x), shape, (stride, 1)) for x in (torch.float32, torch.int64))
+    logp.copy_(torch.randn(shape))
     target[1, :20] = -100
     sums, counts = backend.sequence_sums(logp, target, -100)
     expected, expected_counts = reference.sequence_sums(logp, target, -100)
