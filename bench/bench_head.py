@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from memory import measure
+from contest import forward_and_backward, hold
 from peers import HEADS
 
 SIZES = {  # N, H, V
@@ -11,7 +11,7 @@ SIZES = {  # N, H, V
     "256x2048x128256": (256, 2048, 128256),  # Llama 3 1B
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ROUNDS = 5
+CEILING = "products alone"
 
 
 def inputs(n, h, v, dtype):
@@ -21,45 +21,26 @@ def inputs(n, h, v, dtype):
     return hidden, weight, torch.randint(0, v, (n,), generator=generator)
 
 
-def forward_and_backward(function, hidden, weight, *others):
-    def run():
-        function(hidden, weight, *others).backward()
-        hidden.grad = weight.grad = None
-
-    return run
-
-
-def record(benchmark, run, n, h, v, dtype):
-    benchmark.extra_info |= {"N": n, "H": h, "V": v, "dtype": str(dtype), "threads": torch.get_num_threads()}
-    run()
-    benchmark.pedantic(run, rounds=ROUNDS, iterations=1)
-    if benchmark.enabled:
-        benchmark.extra_info["peak_bytes"], _ = measure(run)
-
-
-@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def bench_head(benchmark, size, dtype, name):
+def bench_head(benchmark, size, dtype):
     n, h, v = SIZES[size]
-    benchmark.group = f"head {size} {dtype}"
-    run = forward_and_backward(HEADS[name], *inputs(n, h, v, DTYPES[dtype]))
-    record(benchmark, run, n, h, v, DTYPES[dtype])
+    tensors = inputs(n, h, v, DTYPES[dtype])
+    runs = {name: forward_and_backward(function, *tensors) for name, function in HEADS.items()}
+    for rows in (128, 256, 512):
+        for columns in (8192, v):
+            if rows <= n:
+                runs[f"{CEILING}, {rows} x {columns}"] = products_alone(*tensors[:2], rows, columns)
+    hold(benchmark, runs, group=f"head {size} {dtype}", N=n, H=h, V=v)
 
 
-@pytest.mark.parametrize("rows", [128, 256, 512])
-@pytest.mark.parametrize("columns", [8192, None], ids=["8192 columns", "all columns"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
-def bench_products_alone(benchmark, size, dtype, columns, rows):
+def products_alone(hidden, weight, rows, columns):
     """The ceiling: logits, grad_hidden and grad_weight of blocks of rows × columns, with nothing between them."""
-    n, h, v = SIZES[size]
-    if rows > n:
-        pytest.skip("fewer rows than that")
-    hidden, weight, _ = (x.detach() for x in inputs(n, h, v, DTYPES[dtype]))
-    tile = torch.empty(rows, v, dtype=hidden.dtype)
+    hidden, weight = hidden.detach(), weight.detach()
+    (n, h), v = hidden.shape, len(weight)
+    tile = torch.empty(rows, v, dtype=hidden.dtype).normal_(std=1e-3)
     grad_hidden, grad_weight = torch.empty(rows, h, dtype=hidden.dtype), torch.empty_like(weight)
-    blocks = [slice(c, min(c + (columns or v), v)) for c in range(0, v, columns or v)]
+    blocks = [slice(first, min(first + columns, v)) for first in range(0, v, columns)]
 
     def run():
         for first in range(0, n, rows):
@@ -70,6 +51,4 @@ def bench_products_alone(benchmark, size, dtype, columns, rows):
                 grad_hidden.addmm_(tile[:, c], weight[c], beta=0 if c.start == 0 else 1)
                 grad_weight[c].addmm_(tile[:, c].t(), block, beta=0 if first == 0 else 1)
 
-    benchmark.group = f"head {size} {dtype}"
-    tile.normal_(std=1e-3)
-    record(benchmark, run, n, h, v, DTYPES[dtype])
+    return run

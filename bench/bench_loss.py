@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from bench_head import forward_and_backward, record
+from contest import forward_and_backward, hold
 from peers import PAIRS
 
 PAIR_COUNT, LENGTH = 8, 256
 SIZES = {"512x32768": (512, 32768), "576x49152": (576, 49152)}  # H, V
 
 
-@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("size", SIZES)
-def bench_loss(benchmark, size, name):
+def bench_loss(benchmark, size):
     h, v = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2 * PAIR_COUNT, LENGTH, h, generator=generator).requires_grad_()
@@ -19,6 +18,5 @@ def bench_loss(benchmark, size, name):
     target = torch.randint(0, v, hidden.shape[:2], generator=generator)
     target[:, : LENGTH // 2] = -100
     ref_logp = torch.full((2 * PAIR_COUNT,), -1000.0)
-    benchmark.group = f"loss {PAIR_COUNT} pairs x {LENGTH} {size} float32"
-    run = forward_and_backward(PAIRS[name], hidden, weight, target, ref_logp)
-    record(benchmark, run, hidden.shape[0] * LENGTH, h, v, hidden.dtype)
+    runs = {name: forward_and_backward(function, hidden, weight, target, ref_logp) for name, function in PAIRS.items()}
+    hold(benchmark, runs, group=f"loss {PAIR_COUNT} pairs x {LENGTH} {size} float32", N=target.numel(), H=h, V=v)

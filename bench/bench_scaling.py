@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from bench_head import forward_and_backward, inputs, record
+from bench_head import inputs
+from contest import forward_and_backward, hold
 from peers import HEADS
 
 NAMES = ["mopo, coefficients known", "mopo linear_logprob", "eager", "CCE torch_compile"]
@@ -14,12 +15,10 @@ CASES = (  # what grows, N, V, share of rows that count
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("axis", "n", "v", "share"), CASES)
-def bench_scaling(benchmark, axis, n, v, share, name):
+def bench_scaling(benchmark, axis, n, v, share):
     hidden, weight, target = inputs(n, H, v, torch.float32)
     target[torch.arange(n) >= share * n] = -100
     target = target[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
-    benchmark.group = f"against {axis}"
-    benchmark.extra_info |= {"axis": axis, "share": share, "name": name}
-    record(benchmark, forward_and_backward(HEADS[name], hidden, weight, target), n, H, v, torch.float32)
+    runs = {name: forward_and_backward(HEADS[name], hidden, weight, target) for name in NAMES}
+    hold(benchmark, runs, group=f"against {axis}", axis=axis, share=share, N=n, H=H, V=v)

@@ -3,17 +3,19 @@
     make bench                                        (or pytest bench … --benchmark-json results.json)
     python bench/report.py results.json bench/results
 
-Per group: the fastest round, the time against the group's first `mopo` entry, arithmetic as a share of the products
-alone (the fastest `bench_products_alone` of the group), and the peak of extra memory. Rounds are compared by their
-minimum, which other work on the machine disturbs least.
+Per group: median seconds, and medians over the rounds of the ratios within a round: time against the first contestant,
+and the products alone (the block sizes of best median) against it. Memory is the peak above the start, outputs and
+gradients included.
 """
 
 import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 import matplotlib
+from bench_head import CEILING
 from matplotlib import pyplot as plt
 
 matplotlib.use("Agg")
@@ -26,14 +28,11 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.results.read_text())
     options.output.mkdir(parents=True, exist_ok=True)
-    groups = defaultdict(list)
-    for entry in results["benchmarks"]:
-        groups[entry["group"]].append(entry)
     lines = [heading(results)]
     scaling = [entry for entry in results["benchmarks"] if "axis" in entry["extra_info"]]
-    for group, entries in groups.items():
-        if "axis" not in entries[0]["extra_info"]:
-            lines += table(group, entries)
+    for entry in results["benchmarks"]:
+        if entry not in scaling:
+            lines += table(entry)
     if scaling:
         plot_scaling(scaling, options.output / "scaling.png")
         lines += ["", "![time and memory against rows, vocabulary and the share of rows that count](scaling.png)"]
@@ -45,28 +44,27 @@ def heading(results: dict) -> str:
     return f"# Benchmarks\n\n{cpu['brand_raw']}, {cpu['count']} cores, {results['datetime'][:16]}."
 
 
-def table(group: str, entries: list[dict]) -> list[str]:
-    products = [e for e in entries if "products_alone" in e["name"]]
-    ceiling = min((e["stats"]["min"] for e in products), default=None)
-    others = [e for e in entries if e not in products]
-    ours = others[0]["stats"]["min"]
+def table(entry: dict) -> list[str]:
+    info = entry["extra_info"]
+    seconds = info["seconds"]
+    products = [name for name in seconds if name.startswith(CEILING)]
+    ceiling = min(products, key=lambda name: median(seconds[name]), default=None)
+    names = [name for name in seconds if name not in products]
     rows = [
-        f"\n## {group}\n",
+        f"\n## {info['group']}\n",
         "| | seconds | × ours | of the products alone | extra memory, MB |",
         "|---|---|---|---|---|",
     ]
-    if ceiling is not None:
-        rows.append(f"| *the three products alone, best blocks* | {ceiling:.3f} | {ceiling / ours:.2f} | 100% | |")
-    for entry in others:
-        seconds = entry["stats"]["min"]
-        share = "" if ceiling is None else f"{ceiling / seconds:.0%}"
-        memory = entry["extra_info"]["peak_bytes"] / 1e6
-        rows.append(f"| {label(entry)} | {seconds:.3f} | {seconds / ours:.2f} | {share} | {memory:.0f} |")
+    for name in [*names, *([ceiling] if ceiling else [])]:
+        against_ours = ratio(seconds[name], seconds[names[0]])
+        share = f"{ratio(seconds[ceiling], seconds[name]):.1%}" if ceiling else ""
+        memory = info["peak_bytes"][name] / 1e6
+        rows.append(f"| {name} | {median(seconds[name]):.3f} | {against_ours:.2f} | {share} | {memory:.0f} |")
     return rows
 
 
-def label(entry: dict) -> str:
-    return entry["params"]["name"]
+def ratio(times: list[float], others: list[float]) -> float:
+    return median(a / b for a, b in zip(times, others, strict=True))
 
 
 def plot_scaling(entries: list[dict], path: Path) -> None:
@@ -76,8 +74,10 @@ def plot_scaling(entries: list[dict], path: Path) -> None:
         curves = defaultdict(list)
         for entry in entries:
             info = entry["extra_info"]
-            if info["axis"] == axis:
-                curves[info["name"]].append((info[field], entry["stats"]["min"], info["peak_bytes"] / 1e6))
+            if info["axis"] != axis:
+                continue
+            for name, seconds in info["seconds"].items():
+                curves[name].append((info[field], median(seconds), info["peak_bytes"][name] / 1e6))
         for name, points in curves.items():
             x, seconds, memory = zip(*sorted(points), strict=True)
             grid[0, column].plot(x, seconds, "o-", label=name)
