@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import backends
+from mopo_kernels.backends.cpu import on_huge_pages
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.plan import CPU_WORKSPACE, Logits, Plan, accumulate_dtype, compute_dtype, fits_kept, plan
 from mopo_kernels.tiles import GradientSum, Head, fused_gradients, gather
@@ -130,7 +131,7 @@ def linear_logprob(
         sums = GradientSum(head, hidden, needs=(True, False, False), blocks=len(parts))
         logp = fused_gradients(head, hidden, target, list(parts), lambda _, logp: torch.ones_like(logp), sums)
         return logp.to(dtype), lse, present(sums.finish(bias), weight)[0]
-    logits = weight.new_empty(_kept_shape(target, weight, save), dtype=plan.compute)
+    logits = on_huge_pages(weight.new_empty(_kept_shape(target, weight, save), dtype=plan.compute))
     tile = logits if save == "logits" else head.tile(len(rows))
     for part in parts:
         statistics = head.statistics(gather(head, hidden, part), target[part], tile)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mopo_kernels.backends.cpu import on_huge_pages
 from mopo_kernels.backends.fold import Fold, Statistics, Transform
 from mopo_kernels.grad_filter import drop_small_blocks
 from mopo_kernels.plan import ALIGN, Plan, accumulate_dtype
@@ -50,7 +51,8 @@ class Head:
     def tile(self, rows: int) -> Tensor:
         """Uninitialised memory for the logits of a block."""
         columns = self.plan.tile_columns(self.vocab)
-        return self.weight.new_empty(min(rows, self.plan.row_block), columns, dtype=self.plan.compute)
+        tile = self.weight.new_empty(min(rows, self.plan.row_block), columns, dtype=self.plan.compute)
+        return on_huge_pages(tile)
 
     def view(self, tile: Tensor, rows: int, columns: slice) -> Tensor:  # [R, C]
         """The part of a tile that holds these columns: each has its place only where the tile is resident."""
@@ -87,7 +89,7 @@ class GradientSum:
         self.hidden = torch.zeros_like(hidden) if needs_hidden else None
         # With one block each column is summed once, so weight's own dtype will do.
         dtype = head.weight.dtype if blocks == 1 else self.accumulate
-        self.weight = torch.empty_like(head.weight, dtype=dtype) if needs_weight else None
+        self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype)) if needs_weight else None
         self.bias = head.weight.new_zeros(head.vocab, dtype=self.accumulate) if needs_bias else None
         self.first = True
 

@@ -11,6 +11,10 @@
 #include "batch.h"
 #include "fold.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -132,6 +136,18 @@ void objective(int64_t responses, int64_t objectives, const Tensor& logp, const 
     mopo::objective(batch, pointer<const int64_t>(group), options, pointer<double>(values));
 }
 
+// Asks for huge pages behind memory that nobody has touched yet: gradients and tiles are new in every step, and with
+// small pages the first write to each page costs more than the write. Advice only, so a refusal is no error.
+void advise_huge_pages(Address data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr Address page = 2 << 20;
+    const Address first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
+    if (first < last) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -141,6 +157,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("peaks", &peaks);
     m.def("sequence_sums", &sequence_sums);
     m.def("objective", &objective);
+    m.def("advise_huge_pages", &advise_huge_pages);
     m.def("exp", [](Address x, Address y, int64_t size) {
         mopo::vector_exp(pointer<float>(x), pointer<float>(y), size);
     });
