@@ -341,9 +341,9 @@ def configurations() -> list[Configuration]:
         sizes, steps = (2, 64, 1024, MAX_RESPONSES), ("clone", "contrast", "regress")
         for size, step, normalize in itertools.product(sizes, steps, ("group", "none")):
             floats, ids = torch.empty(size), torch.empty(size, dtype=torch.int64)
-            options = {"tau": 0.1, "eps": 0.1, "policy_step": step, "normalize": normalize, "primary": 0}
             for with_options in (False, True):
                 ref_logp = floats if with_options or step != "clone" else None
                 lag, kept = (floats, torch.empty(size, dtype=torch.bool)) if with_options else (None, None)
-                objective(floats, torch.empty(size, 3), ids, torch.empty(3), ref_logp, lag, kept, **options)
+                tensors = (floats, torch.empty(size, 3), ids, torch.empty(3), ref_logp, lag, kept)
+                objective(*tensors, tau=0.1, eps=0.1, policy_step=step, normalize=normalize, primary=0)
     return found

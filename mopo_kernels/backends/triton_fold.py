@@ -322,7 +322,7 @@ def peaks_kernel(
     inner, outer = tl.full([], inner, WORK), tl.full([], outer, WORK)
     largest = tl.full([BLOCK_N, BLOCK_V], float("-inf"), WORK)
     for block_row in range(first_row, last_row, BLOCK_N):
-        row = block_row + tl.arange(0, BLOCK_N)[:, None]
+        row = block_row + tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
         row_lse = tl.load(lse + row, mask=row < last_row, other=0)
         for block_column in range(first_column, last_column, BLOCK_V):
             column = block_column + tl.arange(0, BLOCK_V)[None, :]
