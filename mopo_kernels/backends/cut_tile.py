@@ -1,0 +1,126 @@
+# mypy: allow-untyped-defs
+"""What the cut kernels share: a tile of logits formed on the chip, and the block sizes that the launchers read.
+
+cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu_report.py found fastest on that GPU, or, where
+it has not run yet, what compiles without spills (docs/aot.md). "default" suits any GPU with 99 KB of shared memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KERNELS = ("statistics", "gradients", "grad_hidden", "grad_weight")
+GROUP = 8  # blocks of rows whose programs run side by side, so that they find each other's blocks of weight in L2
+ENOUGH_PROGRAMS = 1024  # for the largest GPU to be busy to the end of its last wave
+# The interpreter's dot takes bfloat16 for integers.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Blocks(NamedTuple):
+    """A program's tile, its step along H, and how Triton is to compile it: keywords of a launch."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_H: int
+    num_warps: int
+    num_stages: int
+
+
+def _read_table() -> dict[str, dict[str, dict[str, Blocks]]]:
+    table = json.loads(Path(__file__).with_name("cut_blocks.json").read_text())
+    return {
+        architecture: {
+            dtype: {kernel: Blocks(**blocks) for kernel, blocks in kernels.items()} for dtype, kernels in dtypes.items()
+        }
+        for architecture, dtypes in table.items()
+    }
+
+
+TABLE = _read_table()
+
+
+def blocks_for(kernel: str, hidden: Tensor) -> Blocks:
+    """The table's entry for a kernel on these inputs' device and dtype.
+
+    Raises:
+        ValueError: these are float64.
+    """
+    if hidden.dtype == torch.float64:
+        raise ValueError("hidden is float64, which the cut kernels do not multiply: convert it, or use the tile engine")
+    architecture = "default"
+    if hidden.is_cuda:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(hidden.device))
+    return TABLE.get(architecture, TABLE["default"])[str(hidden.dtype).removeprefix("torch.")][kernel]
+
+
+def candidates(kernel: str, dtype: torch.dtype) -> list[Blocks]:
+    """What is worth timing."""
+    if dtype == torch.float32:
+        return [Blocks(*sizes, 4, 2) for sizes in itertools.product((32, 64), (32, 64), (16, 32))]
+    return []
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What tl.dot multiplies float32 in; 16 bits are multiplied exactly."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def parts_of(column_blocks: int, wanted: int) -> tuple[int, int]:
+    """Parts of the vocabulary, as many as wanted or fewer but none empty, and column blocks of each.
+
+    Shapes alone decide how many are wanted, so that sums run in the same order on any GPU.
+    """
+    part_blocks = triton.cdiv(column_blocks, max(1, min(column_blocks, wanted)))
+    return triton.cdiv(column_blocks, part_blocks), part_blocks
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def row_pointers(x, row, rows, row_stride):
+    """Where rows begin; behind the last one, the last one again, so that what is read there is never masked."""
+    return x + tl.minimum(row, rows - 1).to(tl.int64) * row_stride
+
+
+@triton.jit
+def dot(left, right, total, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def form_logits(
+    hidden_rows,  # [BLOCK_N] pointers
+    weight_rows,  # [BLOCK_V] pointers
+    hidden_size,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """hidden · weightᵀ, [BLOCK_N, BLOCK_V] float32."""
+    logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for first in range(0, hidden_size, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        inside = (h < hidden_size)[None, :]
+        hidden = tl.load(hidden_rows[:, None] + h[None, :], mask=inside, other=0)
+        weight = tl.load(weight_rows[:, None] + h[None, :], mask=inside, other=0)
+        logits = dot(hidden, tl.trans(weight), logits, PRECISION)
+    return logits
+
+
+@triton.jit
+def tanh(x):
+    """Within 4e-7, absolutely. What triton_fold spends on values near 0 costs wide tiles their registers."""
+    return 1 - 2 / (tl.exp(2 * x) + 1)
