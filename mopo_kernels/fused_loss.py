@@ -21,7 +21,7 @@ from torch import Tensor
 from mopo_kernels.head_ops import fake_gradients, head_for, plan_for, present, scales_of
 from mopo_kernels.logprob import autocast, check_linear, check_result, filter_threshold
 from mopo_kernels.objective import PolicyStep, TargetPolicy, dense_groups
-from mopo_kernels.plan import CPU_WORKSPACE, accumulate_dtype
+from mopo_kernels.plan import accumulate_dtype, default_workspace
 from mopo_kernels.tiles import GradientSum, fused_gradients
 
 
@@ -90,7 +90,7 @@ def fused_policy_loss(
         [x is not None and x.requires_grad for x in (hidden, weight, bias)],
         scales_of(temperature, softcap, logit_scale),
         *(ignore_index, filter_threshold(grad_filter, weight.dtype)),
-        *(CPU_WORKSPACE if workspace_bytes is None else workspace_bytes, backend, True),
+        *(default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes, backend, True),
     )
     check_result(logp, hidden=hidden, weight=weight, bias=bias)
     return loss, logp

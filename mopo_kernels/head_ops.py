@@ -14,22 +14,56 @@ from torch import Tensor
 from mopo_kernels import backends
 from mopo_kernels.backends.cpu import on_huge_pages
 from mopo_kernels.backends.fold import Transform
-from mopo_kernels.plan import CPU_WORKSPACE, Logits, Plan, accumulate_dtype, compute_dtype, fits_kept, plan
+from mopo_kernels.plan import (
+    Logits,
+    Plan,
+    accumulate_dtype,
+    cache_of,
+    cut_plan,
+    default_workspace,
+    fits_kept,
+    plan,
+    seconds,
+)
+from mopo_kernels.rates import rates_of
 from mopo_kernels.tiles import GradientSum, Head, fused_gradients, gather
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; [0] where not needed
 
 
+def backend_for(hidden: Tensor, weight: Tensor, backend: str | None, workspace_bytes: int | None) -> str:
+    """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them."""
+    choice = backends.choose("linear_logprob", hidden.device.type, backend, weight.dtype)
+    rates = rates_of(hidden.device, weight.dtype)
+    if rates is None or choice.requested or choice.backend == "reference" or backends.cut.UNAVAILABLE:
+        return choice.backend
+    rows, (vocab, hidden_size) = hidden.shape[:-1].numel(), weight.shape
+    workspace_bytes = default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes
+    tiles = plan_for(rows, weight, choice.backend, workspace_bytes, "fused")
+    by_tiles, by_cut = seconds(rows, hidden_size, vocab, weight.itemsize, tiles, rates)
+    return "cut" if by_cut < by_tiles else choice.backend
+
+
 def plan_for(rows: int, weight: Tensor, backend: str, workspace_bytes: int, logits: Logits) -> Plan:
     vocab, hidden_size = weight.shape
-    compute = compute_for(weight, backend)
+    if backend == "cut":
+        return cut_plan(rows, hidden_size, weight.dtype)
     return plan(
-        rows, hidden_size, vocab, dtype=weight.dtype, compute=compute, workspace_bytes=workspace_bytes, logits=logits
+        rows,
+        hidden_size,
+        vocab,
+        dtype=weight.dtype,
+        compute=compute_for(weight, backend),
+        workspace_bytes=workspace_bytes,
+        logits=logits,
+        cache_bytes=cache_of(weight.device),
     )
 
 
 def compute_for(weight: Tensor, backend: str) -> torch.dtype:
-    return compute_dtype(weight.dtype, multiplies_bfloat16=backends.fold(backend).MULTIPLIES_BFLOAT16)
+    """What the products run in."""
+    is_widened = backend != "cut" and weight.dtype in backends.fold(backend).WIDENED
+    return torch.float32 if is_widened else weight.dtype
 
 
 def head_for(
@@ -41,7 +75,7 @@ def head_for(
     grad_filter: float | None = None,
 ) -> Head:
     wide_bias = None if bias is None else bias.to(accumulate_dtype(weight.dtype)).contiguous()
-    return Head(weight, wide_bias, transform_of(scales), backends.fold(backend), plan, grad_filter)
+    return Head(weight, wide_bias, transform_of(scales), backend, plan, grad_filter)
 
 
 def scales_of(temperature: float, softcap: float | None, logit_scale: float = 1.0) -> list[float]:
@@ -80,7 +114,7 @@ def run_linear_logprob(
     backend: str,
 ) -> Tensor:  # [N]
     """What `reference.linear_logprob` computes, by the tile engine."""
-    workspace_bytes = CPU_WORKSPACE if workspace_bytes is None else workspace_bytes
+    workspace_bytes = default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes
     scales = scales_of(temperature, softcap, logit_scale)
     save = _what_to_save(hidden, weight, bias, target, workspace_bytes, backend)
     return linear_logprob(
@@ -101,6 +135,8 @@ def _what_to_save(
         return "nothing"
     if not others:
         return "grad_hidden"
+    if backend == "cut":
+        return "nothing"
     rows, (vocab, hidden_size), compute = target.shape[0], weight.shape, compute_for(weight, backend)
     fits = fits_kept(rows, hidden_size, vocab, dtype=weight.dtype, compute=compute, workspace_bytes=workspace_bytes)
     return "logits" if fits else "nothing"

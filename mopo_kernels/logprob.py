@@ -64,7 +64,7 @@ def linear_logprob(
         workspace_bytes=workspace_bytes,
     )
     hidden, weight, bias = autocast(hidden, weight, bias)
-    name = backends.choose("linear_logprob", hidden.device.type, backend).backend
+    name = head_ops.backend_for(hidden, weight, backend, workspace_bytes)
     run = reference.linear_logprob if name == "reference" else partial(head_ops.run_linear_logprob, backend=name)
     logp = run(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -165,7 +165,7 @@ def sequence_logprob(
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
-    name = backends.choose("sequence_sums", logp.device.type, "reference" if backend == "reference" else None).backend
+    name = backends.choose("sequence_sums", logp.device.type, backends.if_it_has("sequence_sums", backend)).backend
     run = reference.sequence_sums if name == "reference" else partial(objective_ops.run_sequence_sums, backend=name)
     sums, counts = run(logp, target, ignore_index)
     return (sums / counts.clamp(min=1) if average else sums).to(logp.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mopo_kernels import backends
 from mopo_kernels.fused_loss import PolicyTarget, fused_policy_loss
+from mopo_kernels.head_ops import backend_for
 from mopo_kernels.logprob import check_sequences, sequence_logprob
 from mopo_kernels.objective import (
     MOPOOutput,
@@ -116,7 +117,7 @@ def mopo_loss(
         "workspace_bytes": workspace_bytes,
     }
     linearised = None
-    name = backends.choose("linear_logprob", hidden.device.type, backend).backend
+    name = backend_for(hidden, weight, backend, workspace_bytes)
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if name != "reference" and torch.is_grad_enabled() and differentiable:
         labels = PolicyTarget.of(
@@ -159,7 +160,7 @@ def mopo_loss(
         primary=primary,
         normalize=normalize,
         kept=kept,
-        backend="reference" if name == "reference" else None,
+        backend=backends.if_it_has("objective", backend),
     )
     loss = output.loss if linearised is None else output.loss + (linearised - linearised.detach())
     return replace(output, loss=loss, logp=output.logp.detach())

@@ -1,21 +1,26 @@
-"""The planner: which blocks of rows and columns the tile engine works on, and how often it forms the logits.
+"""The planner: which blocks of rows and columns the tile engine works on, how often it forms the logits, and whether
+the cut kernels run in its stead.
 
-A pure function of sizes, dtypes and the workspace. Costs are in units of N·H·V flops: the logits take 2, the gradient
-of hidden 2 and that of weight 2.
+Pure functions of sizes, dtypes, memory and measured rates. Costs are in units of N·H·V flops: the logits take 2, the
+gradient of hidden 2 and that of weight 2.
 
     fused      6   the coefficient of a row is known once its logits are: gradients are formed while they are there
     kept       6   all logits fit the workspace and wait in it for the backward
     recompute  8   the backward forms the logits again
+    cut        8   so do the cut kernels, whose logits never leave the chip
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from mopo_kernels.rates import Rates
+
 CPU_WORKSPACE = 64 * 2**20
+GPU_WORKSPACE = 512 * 2**20  # 2048 rows of 128k logits in 16 bits: fewer make the products wait for the weight
 ALIGN = 128  # columns of a block that grad_filter may skip; column blocks are whole numbers of it
 ROW_ALIGN = 16  # rows that the products take at a time
 STREAM_ROWS = 1024  # rows of a tile that holds only some columns: enough to make reading the weight cheap
@@ -30,21 +35,50 @@ class Plan:
     """Blocks of one call, and why."""
 
     row_block: int
-    column_block: int  # columns of one product; all of them where no panel is converted
+    column_block: int  # columns of one product
     resident: bool  # the tile holds all columns of its rows, so statistics and gradient read the same logits
     compute: torch.dtype  # dtype of tile and products; panels of weight are converted where it differs
     workspace: int  # bytes of the temporaries
     reason: str
+    cut: bool = False  # no tile: the cut kernels take whole blocks of rows
 
     def tile_columns(self, vocab: int) -> int:
+        if self.cut:
+            return 0
         return vocab if self.resident else self.column_block
 
 
-def compute_dtype(dtype: torch.dtype, *, multiplies_bfloat16: bool) -> torch.dtype:
-    """What the products run in: 16-bit inputs are widened unless the CPU multiplies them (float16 it never does)."""
-    if dtype == torch.bfloat16 and multiplies_bfloat16:
-        return dtype
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def default_workspace(device: torch.device) -> int:
+    """Bytes that temporaries may take where the caller sets no bound."""
+    return GPU_WORKSPACE if device.type == "cuda" else CPU_WORKSPACE
+
+
+def cache_of(device: torch.device) -> int | None:
+    """Bytes of logits that a GPU's L2 holds between a product and the folds, beside what else passes through it."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
+
+
+def seconds(rows: int, hidden_size: int, vocab: int, itemsize: int, plan: Plan, rates: Rates) -> tuple[float, float]:
+    """The cost model: forward and backward by the tile engine and by the cut kernels, at a GPU's measured rates.
+
+    Tiles: the products at 6 or 8·N·H·V; the logits, once written by the product, once read and once written by the
+    gradient's fold (what lies between finds them in L2), if they do not stay there; the float32 sum of the weight's
+    gradient, read and written for each block of rows after the first. Cut: statistics at 2·N·H·V, gradients at
+    6·N·H·V, and nothing else in global memory.
+    """
+    product = 2.0 * rows * hidden_size * vocab
+    logits = 3 * itemsize * rows * vocab if plan.resident else 0
+    sums = 2 * 4 * hidden_size * vocab * (-(-rows // plan.row_block) - 1)
+    tiles = product * (3 if plan.resident else 4) / rates.gemm + (logits + sums) / rates.copy
+    return tiles, product / rates.cut_statistics + 3 * product / rates.cut_gradients
+
+
+def cut_plan(rows: int, hidden_size: int, dtype: torch.dtype) -> Plan:
+    """One block of all rows, whose temporaries are what is gathered of them and the sum of their gradient."""
+    used = max(rows, 1) * (hidden_size * (dtype.itemsize + 4) + 8 * 8)
+    return Plan(max(rows, 1), 0, False, dtype, used, "cut kernels, 8·N·H·V: logits never leave the chip", cut=True)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,21 +95,25 @@ def plan(
     compute: torch.dtype,
     workspace_bytes: int,
     logits: Logits,
+    cache_bytes: int | None = None,
 ) -> Plan:
-    """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can."""
+    """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
+
+    `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
+    """
     rows = max(rows, 1)
     size = _Bytes.of(hidden_size, dtype, compute)
     column_block = vocab if size.per_column == 0 else _aligned(workspace_bytes // 4 // size.per_column, vocab)
     per_row = size.per_row + vocab * size.logit
     capacity = (workspace_bytes - column_block * size.per_column) // per_row
     if logits == "kept":
-        return _kept(rows, vocab, size, compute, workspace_bytes)
+        return _cached(_kept(rows, vocab, size, compute, workspace_bytes), cache_bytes)
     if logits == "fused" and capacity >= min(rows, MIN_RESIDENT_ROWS):
         row_block = _balanced(rows, capacity)
         used = row_block * per_row + column_block * size.per_column
         reason = f"one pass, 6·N·H·V: {row_block} rows × all {vocab} columns fit the workspace"
-        return Plan(row_block, column_block, True, compute, used, reason)
-    return _streamed(rows, vocab, size, compute, workspace_bytes)
+        return _cached(Plan(row_block, column_block, True, compute, used, reason), cache_bytes)
+    return _cached(_streamed(rows, vocab, size, compute, workspace_bytes), cache_bytes)
 
 
 def fits_kept(
@@ -112,6 +150,13 @@ def _kept(rows: int, vocab: int, size: _Bytes, compute: torch.dtype, workspace_b
     used = rows * (size.per_row + vocab * size.logit) + column_block * (rows * size.logit + size.per_column)
     reason = f"logits kept for the backward, 6·N·H·V: {rows} × {vocab} fit the workspace"
     return Plan(rows, column_block, True, compute, used, reason)
+
+
+def _cached(plan: Plan, cache_bytes: int | None) -> Plan:
+    if cache_bytes is None:
+        return plan
+    columns = _aligned(cache_bytes // (plan.row_block * plan.compute.itemsize), plan.column_block)
+    return replace(plan, column_block=columns)
 
 
 def _streamed(rows: int, vocab: int, size: _Bytes, compute: torch.dtype, workspace_bytes: int) -> Plan:

@@ -1,11 +1,12 @@
-"""The tile engine: LM-head log-probabilities and their gradients, a block of rows × columns of logits at a time.
+"""The engine: LM-head log-probabilities and their gradients, a block of rows × columns of logits at a time.
 
     logits = hidden · weightᵀ            vendor GEMM into a tile
     logp, or tile ← ∂L/∂logits           fold kernels of the backend (backends/fold.py)
     grad_hidden += tile · weight         vendor GEMM
     grad_weight += tileᵀ · hidden        vendor GEMM
 
-Only rows that count are ever gathered. Blocks come from the planner (plan.py). Sums of gradients are float32 (float64
+Where the plan says so, the cut kernels (backends/cut.py) do all of this for a block of rows, without a tile. Only rows
+that count are ever gathered. Blocks come from the planner (plan.py). Sums of gradients are float32 (float64
 for float64). Nothing here knows autograd: the operators that torch sees are in head_ops.py and fused_loss.py.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mopo_kernels import backends
 from mopo_kernels.backends.cpu import on_huge_pages
 from mopo_kernels.backends.fold import Fold, Statistics, Transform
 from mopo_kernels.grad_filter import drop_small_blocks
@@ -30,9 +32,13 @@ class Head:
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V] float32 (float64 for float64 heads)
     transform: Transform
-    fold: Fold
+    backend: str
     plan: Plan
     grad_filter: float | None = None
+
+    @property
+    def fold(self) -> Fold:
+        return backends.fold(self.backend)
 
     @property
     def vocab(self) -> int:
@@ -63,6 +69,8 @@ class Head:
 
     def statistics(self, hidden: Tensor, target: Tensor, tile: Tensor) -> Statistics:
         """Form the logits of a block of rows and fold them; a resident tile holds all of them afterwards."""
+        if self.plan.cut:
+            return backends.cut.cut_statistics(hidden, self.weight, target, self.transform, bias=self.bias)
         rows = hidden.shape[0]
         statistics = Statistics.start(rows, hidden.device)
         for columns in self.column_blocks():
@@ -85,11 +93,14 @@ class GradientSum:
     def __init__(self, head: Head, hidden: Tensor, *, needs: Sequence[bool], blocks: int) -> None:
         needs_hidden, needs_weight, needs_bias = needs
         self.head = head
+        self.needs = needs_hidden, needs_weight, needs_bias
         self.accumulate = accumulate_dtype(head.weight.dtype)
         self.hidden = torch.zeros_like(hidden) if needs_hidden else None
         # With one block each column is summed once, so weight's own dtype will do.
         dtype = head.weight.dtype if blocks == 1 else self.accumulate
-        self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype)) if needs_weight else None
+        self.weight = None
+        if needs_weight and not head.plan.cut:
+            self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype))
         self.bias = head.weight.new_zeros(head.vocab, dtype=self.accumulate) if needs_bias else None
         self.first = True
 
@@ -106,6 +117,8 @@ class GradientSum:
     ) -> None:
         """Add ∂(Σ coefficient · logp) of a block of rows."""
         head = self.head
+        if head.plan.cut:
+            return self._add_cut(rows, hidden, target, lse, coefficient)
         grad_hidden = torch.zeros_like(hidden, dtype=self.accumulate) if self.hidden is not None else None
         for columns in head.column_blocks():
             part = head.view(tile, hidden.shape[0], columns)
@@ -130,13 +143,29 @@ class GradientSum:
 
     def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The sums, in the dtypes of hidden, weight and the caller's bias."""
-        if self.first and self.weight is not None:
-            self.weight.zero_()
+        if self.first and self.needs[1]:
+            self.weight = torch.zeros_like(self.head.weight)
         return (
             self.hidden,
             None if self.weight is None else self.weight.to(self.head.weight.dtype),
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
+
+    def _add_cut(self, rows: Tensor, hidden: Tensor, target: Tensor, lse: Tensor, coefficient: Tensor) -> None:
+        head = self.head
+        grad_hidden, grad_weight, grad_bias = backends.cut.cut_gradients(
+            *(hidden, head.weight, target, lse, coefficient, head.transform),
+            bias=head.bias,
+            needs=self.needs,
+            grad_filter=head.grad_filter,
+        )
+        if self.hidden is not None and grad_hidden is not None:
+            self.hidden.index_copy_(0, rows, grad_hidden.to(self.hidden.dtype))
+        if grad_weight is not None:
+            self.weight = grad_weight if self.weight is None else self.weight.add_(grad_weight)
+        if self.bias is not None and grad_bias is not None:
+            self.bias += grad_bias
+        self.first = False
 
     def _kept_blocks(self, logits: Tensor, lse: Tensor, bias: Tensor | None) -> Tensor | None:
         """[stripes, column blocks] bool: where some probability reaches grad_filter; None where all blocks count."""

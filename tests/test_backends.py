@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from mopo_kernels import backends, linear_logprob
-from mopo_kernels.backends import cpu
+from mopo_kernels.backends import cpu, cuda, cut, triton
 
 
 def test_the_cpu_kernels_are_preferred_and_say_their_instruction_set(monkeypatch):
@@ -31,6 +32,50 @@ def test_without_kernels_the_reference_runs_and_describe_says_why(monkeypatch):
         backends.choose("linear_logprob", "cpu", "cpu")
 
 
+def test_triton_is_asked_for_on_cpu_tensors_only_where_it_is_interpreted(monkeypatch):
+    monkeypatch.setattr(triton, "UNAVAILABLE", "")
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    assert backends.choose("objective", "cpu", "triton").requested
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"cannot run objective on cpu \(.* only where TRITON_INTERPRET=1\)"):
+        backends.choose("objective", "cpu", "triton")
+
+
+def test_the_tile_engine_is_the_default_on_gpus_and_float64_is_not_cut(monkeypatch):
+    for module in (cuda, triton, cut):
+        monkeypatch.setattr(module, "UNAVAILABLE", "")
+    monkeypatch.delenv("MOPO_BACKEND", raising=False)
+    assert backends.choose("linear_logprob", "cuda").backend == "cuda"
+    assert backends.choose("linear_logprob", "cuda", "cut").backend == "cut"
+    with pytest.raises(ValueError, match="do not multiply float64"):
+        backends.choose("linear_logprob", "cuda", "cut", torch.float64)
+    with pytest.raises(ValueError, match="backend='cut' cannot run objective on cuda; choose one of"):
+        backends.choose("objective", "cuda", "cut")
+    monkeypatch.setattr(cuda, "UNAVAILABLE", "the CUDA kernels are not built")
+    assert {backends.choose(op, "cuda").backend for op in backends.PREFERENCE} == {"triton"}
+
+
+def test_plain_torch_on_a_gpu_is_no_secret(monkeypatch):
+    for module in (cuda, triton, cut):
+        monkeypatch.setattr(module, "UNAVAILABLE", f"no {module.__name__.split('.')[-1]} here")
+    monkeypatch.delenv("MOPO_BACKEND", raising=False)
+    with pytest.warns(
+        RuntimeWarning, match="token_logprob runs in plain torch on the GPU.*no cuda here; no triton here"
+    ):
+        assert backends.choose("token_logprob", "cuda").backend == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("token_logprob", "cuda", "reference").requested
+
+
+def test_the_environment_speaks_of_the_ops_that_its_backend_has(monkeypatch):
+    for module in (cuda, triton, cut):
+        monkeypatch.setattr(module, "UNAVAILABLE", "")
+    monkeypatch.setenv("MOPO_BACKEND", "cut")
+    assert backends.choose("linear_logprob", "cuda").backend == "cut"
+    assert backends.choose("objective", "cuda").backend == "cuda"
+
+
 def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("MOPO_BACKEND", "reference")
     assert backends.choose("linear_logprob", "cpu").backend == "reference"
@@ -41,9 +86,9 @@ def test_the_environment_chooses(monkeypatch):
 
 @pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 def test_an_instruction_set_can_be_asked_for():
-    program = "from mopo_kernels.backends import cpu; print(cpu.instruction_set(), cpu.MULTIPLIES_BFLOAT16)"
+    program = "from mopo_kernels.backends import cpu; print(cpu.instruction_set(), len(cpu.WIDENED))"
     environment = {**os.environ, "MOPO_CPU_ISA": "portable"}
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert result.stdout.split() == ["portable", "False"]
+    assert result.stdout.split() == ["portable", "2"]

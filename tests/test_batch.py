@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mopo_kernels import backends, mopo_loss, mopo_objective, sequence_logprob
@@ -26,32 +26,20 @@ CHI = {"rtol": 1e-7, "atol": 1e-9}  # a KL near 1e-6 cancels to 1e-10, one that 
 
 @pytest.fixture(params=["cpu", "cuda", "triton"], scope="module")
 def backend(request):
-    """Name of a backend and of the device it runs on: each has its own, and Triton's kernels stand there in a turn."""
-    with pytest.MonkeyPatch.context() as patch:
-        name = standing_in(patch, triton) if request.param == "triton" else request.param
-        if name not in backends.PREFERENCE["objective"].get(name, ()):
-            pytest.skip(f"no backend {name} here")
-        if name == "cuda" and not torch.cuda.is_available():
-            pytest.skip("needs a GPU")
-        backends.choose("objective", name, name)
-        yield name
+    try:
+        return backends.choose("objective", device_of(request.param), request.param).backend
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
-def standing_in(patch, module):
-    """Let a module run under the name of the device that this machine has."""
-    if module.UNAVAILABLE:
-        pytest.skip(module.UNAVAILABLE)
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    patch.setitem(backends.BACKENDS, name, module)
-    for op in ("objective", "sequence_sums"):
-        patch.setitem(backends.PREFERENCE[op], name, (name, "reference"))
-    return name
+def device_of(backend):
+    return "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fast_backend(backend):
     """One that runs hundreds of examples in no time."""
-    if backends.batch(backend) is triton and backend == "cpu":
+    if backend == "triton" and triton.INTERPRETED:
         pytest.skip("the interpreter runs fewer of them, in test_triton.py")
     return backend
 
@@ -105,8 +93,8 @@ batches = st.builds(
 )
 
 
-def moved(batch, device):
-    return tuple(x if x is None else x.to(device) for x in batch)
+def moved(batch, backend):
+    return tuple(x if x is None else x.to(device_of(backend)) for x in batch)
 
 
 def values_of(batch, backend, **options):
@@ -158,6 +146,8 @@ def assert_same(values, expected):
 )
 @settings(deadline=None, max_examples=300)
 def test_objective_is_what_plain_torch_computes(fast_backend, batch, **options):
+    # Equal labels give ratios that differ by rounding alone, much of it without normalisation, and χ is their spread.
+    assume(options["normalize"] == "group" or batch[1].nan_to_num(nan=0.5).unique().numel() > 1)
     assert_same(values_of(batch, fast_backend, **options), expected_of(batch, **options))
 
 
@@ -420,10 +410,10 @@ def test_sums_of_many_small_terms_are_float64(backend):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_opcheck_and_gradients_of_the_sums(backend, dtype):
-    logp = torch.randn(3, 5, dtype=dtype, device=backend).requires_grad_()
-    target = torch.tensor([[IGNORE, 1, 2, 3, IGNORE], [IGNORE] * 5, [1] * 5], device=backend)
+    logp = torch.randn(3, 5, dtype=dtype, device=device_of(backend)).requires_grad_()
+    target = torch.tensor([[IGNORE, 1, 2, 3, IGNORE], [IGNORE] * 5, [1] * 5], device=device_of(backend))
     torch.library.opcheck(sequence_sums_op, (logp, target, IGNORE, backend))
-    upstream = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64, device=backend)
+    upstream = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64, device=device_of(backend))
     (gradient,) = torch.autograd.grad(sequence_sums_op(logp, target, IGNORE, backend)[0], logp, upstream)
     assert gradient.dtype == dtype
     assert torch.equal(gradient, torch.where(target != IGNORE, upstream[:, None], 0).to(dtype))
@@ -454,10 +444,10 @@ def test_threads_change_no_bit():
 
 @pytest.mark.parametrize("average", [False, True])
 def test_sequence_logprob_sums_by_the_backend(backend, average):
-    hidden, weight = torch.randn(3, 6, 4, device=backend), torch.randn(9, 4, device=backend)
-    target = torch.randint(0, 9, (3, 6), device=backend)
+    hidden, weight = torch.randn(3, 6, 4, device=device_of(backend)), torch.randn(9, 4, device=device_of(backend))
+    target = torch.randint(0, 9, (3, 6), device=device_of(backend))
     target[0, 2:], target[1] = IGNORE, IGNORE
-    results = [sequence_logprob(hidden, weight, target, average=average, backend=x) for x in (None, "reference")]
+    results = [sequence_logprob(hidden, weight, target, average=average, backend=x) for x in (backend, "reference")]
     torch.testing.assert_close(*results)
     assert results[0][1] == 0
 

@@ -1,16 +1,32 @@
 """The planner: within the workspace wherever blocks can be that small, one pass where rows fit, and it says why."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopo_kernels.plan import ALIGN, CPU_WORKSPACE, compute_dtype, fits_kept, plan
+from mopo_kernels.plan import ALIGN, CPU_WORKSPACE, cut_plan, fits_kept, plan, seconds
+from mopo_kernels.rates import Rates
 
 
-def make(rows, hidden_size, vocab, *, dtype=torch.float32, compute=None, workspace=CPU_WORKSPACE, logits="fused"):
-    compute = compute or compute_dtype(dtype, multiplies_bfloat16=False)
-    return plan(rows, hidden_size, vocab, dtype=dtype, compute=compute, workspace_bytes=workspace, logits=logits)
+def make(
+    rows, hidden_size, vocab, *, dtype=torch.float32, compute=None, workspace=CPU_WORKSPACE, logits="fused", cache=None
+):
+    compute = compute or widened(dtype)
+    return plan(
+        *(rows, hidden_size, vocab),
+        dtype=dtype,
+        compute=compute,
+        workspace_bytes=workspace,
+        logits=logits,
+        cache_bytes=cache,
+    )
+
+
+def widened(dtype):
+    return max(dtype, torch.float32, key=lambda x: x.itemsize)
 
 
 @settings(max_examples=300, deadline=None)
@@ -19,13 +35,16 @@ def make(rows, hidden_size, vocab, *, dtype=torch.float32, compute=None, workspa
     hidden_size=st.integers(1, 8192),
     vocab=st.integers(1, 300_000),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    multiplies_bfloat16=st.booleans(),
+    widen=st.booleans(),
     workspace=st.integers(2**20, 2**30),
     logits=st.sampled_from(["fused", "recompute"]),
+    cache=st.one_of(st.none(), st.integers(2**10, 2**26)),
 )
-def test_blocks_fit_the_workspace(rows, hidden_size, vocab, dtype, multiplies_bfloat16, workspace, logits):
-    compute = compute_dtype(dtype, multiplies_bfloat16=multiplies_bfloat16)
-    p = make(rows, hidden_size, vocab, dtype=dtype, compute=compute, workspace=workspace, logits=logits)
+def test_blocks_fit_the_workspace(rows, hidden_size, vocab, dtype, widen, workspace, logits, cache):
+    compute = widened(dtype) if widen else dtype
+    p = make(rows, hidden_size, vocab, dtype=dtype, compute=compute, workspace=workspace, logits=logits, cache=cache)
+    if cache is not None and p.column_block > ALIGN:
+        assert p.row_block * p.column_block * compute.itemsize <= cache
     assert 1 <= p.row_block <= max(rows, 1)
     assert 1 <= p.column_block <= vocab
     assert p.column_block == vocab or p.column_block % ALIGN == 0
@@ -64,18 +83,23 @@ def test_kept_logits_count_against_the_workspace():
     assert make(256, 64, 8192, workspace=16 * 2**20, logits="kept").row_block == 256
 
 
-@pytest.mark.parametrize(
-    ("dtype", "multiplies", "expected"),
-    [
-        (torch.float32, True, torch.float32),
-        (torch.float64, True, torch.float64),
-        (torch.float16, True, torch.float32),
-        (torch.bfloat16, True, torch.bfloat16),
-        (torch.bfloat16, False, torch.float32),
-    ],
-)
-def test_products_run_in_16_bits_only_where_the_cpu_multiplies_them(dtype, multiplies, expected):
-    assert compute_dtype(dtype, multiplies_bfloat16=multiplies) == expected
+def test_the_cost_model_counts_what_each_engine_does():
+    n, h, v = 16384, 4096, 131072
+    tiles = make(n, h, v, dtype=torch.bfloat16, compute=torch.bfloat16, workspace=2**29)
+    free = Rates(gemm=6e14, copy=math.inf, cut_statistics=6e14, cut_gradients=6e14)
+    assert seconds(n, h, v, 2, tiles, free) == pytest.approx((6 * n * h * v / 6e14, 8 * n * h * v / 6e14))
+    blocks = math.ceil(n / tiles.row_block)
+    moved = 3 * 2 * n * v + 8 * h * v * (blocks - 1)
+    by_tiles, _ = seconds(n, h, v, 2, tiles, free._replace(copy=3e12))
+    assert by_tiles == pytest.approx(6 * n * h * v / 6e14 + moved / 3e12)
+    streamed = make(n, h, v, dtype=torch.bfloat16, compute=torch.bfloat16, workspace=2**23)
+    assert seconds(n, h, v, 2, streamed, free)[0] == pytest.approx(8 * n * h * v / 6e14)
+
+
+def test_cut_kernels_need_no_tile():
+    p = cut_plan(4096, 1024, torch.bfloat16)
+    assert (p.row_block, p.tile_columns(131072), p.cut) == (4096, 0, True)
+    assert p.workspace < 4096 * 1024 * 8
 
 
 def test_converted_panels_are_small_beside_the_workspace():

@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[False, True], ids=["panels", "bf16 products"])
 def multiplies_bfloat16(request, monkeypatch):
-    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", request.param)
+    monkeypatch.setattr(cpu, "WIDENED", {torch.float16} if request.param else {torch.float16, torch.bfloat16})
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_memory_of_the_loss_is_workspace_plus_gradients_whatever_the_rows(policy
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_of_the_log_probs(dtype, frozen, monkeypatch):
     """bfloat16 through float32 panels: the weight is never widened as a whole; a frozen one has no gradient at all."""
-    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", False)
+    monkeypatch.setattr(cpu, "WIDENED", {torch.bfloat16})
     n, h, v, workspace = 1024, 128, 8192, 2**20
     hidden, weight, _, target = make(n, h, v, dtype)
     weight.requires_grad_(not frozen)

@@ -58,11 +58,11 @@ void sequence_sums(const Sequences& sequences, int64_t ignore_index, double* sum
     for (int64_t row = 0; row < sequences.rows; ++row) {
         const int64_t* target = sequences.target + row * sequences.target_row_stride;
         const int64_t first = row * sequences.logp_row_stride;
-        if (sequences.is_float32)
-            sum_row(static_cast<const float*>(sequences.logp) + first, target, sequences.columns, ignore_index,
+        if (sequences.logp.is_float32)
+            sum_row(static_cast<const float*>(sequences.logp.data) + first, target, sequences.columns, ignore_index,
                     sums + row, counts + row);
         else
-            sum_row(static_cast<const double*>(sequences.logp) + first, target, sequences.columns, ignore_index,
+            sum_row(static_cast<const double*>(sequences.logp.data) + first, target, sequences.columns, ignore_index,
                     sums + row, counts + row);
     }
 }

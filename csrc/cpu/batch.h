@@ -3,19 +3,9 @@
 
 #include <cstdint>
 
-#include "../objective.h"
+#include "../contract.h"
 
 namespace mopo {
-
-// Log-probabilities and targets of sequences; rows lie any stride apart, the elements of one side by side.
-struct Sequences {
-    int64_t rows, columns;
-    const void* logp;
-    bool is_float32;
-    int64_t logp_row_stride;
-    const int64_t* target;
-    int64_t target_row_stride;
-};
 
 // sums[rows] of logp over the positions whose target is not ignore_index, and counts[rows] of those.
 void sequence_sums(const Sequences& sequences, int64_t ignore_index, double* sums, int64_t* counts, int threads);

@@ -1,19 +1,16 @@
 // The fold kernels of the CPU backend: everything between the matrix products, on one tile of logits.
 //
-//     z = outer * tanh(inner * (logit + bias))    with softcap c:  inner = logit_scale / c, outer = c / temperature
-//     z = inner * (logit + bias)                  without:         inner = logit_scale / temperature
-//
-// A tile is rows x columns, row-major with `row_stride` elements between rows, and holds columns first_column ..
-// first_column + columns - 1 of the logits. Arithmetic is float32 (float64 for float64 tiles), running sums float64.
-// The contract stands in mopo_kernels/backends/fold.py. Row kernels (rows.h) are compiled once per instruction set;
-// fold.cpp picks one at run time and runs it over rows with OpenMP.
+// Arithmetic is float32 (float64 for float64 tiles), running sums float64. The contract stands in
+// mopo_kernels/backends/fold.py. Row kernels (rows.h) are compiled once per instruction set; fold.cpp picks one at run
+// time and runs it over rows with OpenMP.
 #pragma once
 
 #include <cstdint>
 
+#include "../contract.h"
+
 namespace mopo {
 
-enum class DType { float32, bfloat16, float16, float64 };
 enum class Isa { portable, avx2, avx512 };
 
 struct bfloat16 {
@@ -21,30 +18,6 @@ struct bfloat16 {
 };
 struct float16 {
     uint16_t bits;
-};
-
-struct Transform {
-    double inner;
-    double outer;
-    bool softcap;
-};
-
-struct Tile {
-    void* data;
-    DType dtype;
-    int64_t rows;
-    int64_t columns;
-    int64_t row_stride;
-    int64_t first_column;
-    const void* bias;  // [columns] float32 (float64 for float64 tiles), or null
-    const int64_t* target;  // [rows] column of each row's target in the whole vocabulary; negative: skip the row
-};
-
-// Running statistics of each row, float64: start at -inf, 0, -inf and fold tiles in any order.
-struct Statistics {
-    double* max;  // [rows]
-    double* sum;  // [rows] sum of exp(z - max)
-    double* target;  // [rows] z at the target
 };
 
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, int threads);

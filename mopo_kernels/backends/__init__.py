@@ -1,30 +1,39 @@
 """Backends and the one table that chooses among them: (op, device type) → backends in order of preference.
 
-`reference` computes whole ops; every other backend implements the contracts fold.py (the tile engine does the rest of
-an LM head) and batch.py. `backend=` or the environment variable MOPO_BACKEND overrides the table; a name that cannot
-run the op on that device is an error, never a fallback. A backend that could not be built is passed over, and
-`describe` says why.
+    reference   whole ops in plain torch, the truth; on a GPU only on request, or with a warning where all else fails
+    cpu         C++ (csrc/cpu)            fold.py and batch.py: the tile engine does the rest of an LM head
+    cuda        CUDA C++ (csrc/cuda)      fold.py and batch.py
+    triton      Triton                    fold.py and batch.py
+    cut         Triton                    cut.py: the products too, logits never leave the chip; linear_logprob alone
+
+`backend=` or the environment variable MOPO_BACKEND overrides the table, MOPO_BACKEND for the ops that the backend has;
+a name that cannot run the op on that device, in that dtype, is an error, never a fallback. A backend that cannot run
+here is passed over, and `describe` says why. "cut" stands last: it runs on request, or where rates measured on that
+GPU say that it is faster (rates.py).
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from types import ModuleType
 from typing import NamedTuple, cast
 
 import torch
 
-from mopo_kernels.backends import cpu, reference
+from mopo_kernels.backends import cpu, cuda, cut, reference, triton
 from mopo_kernels.backends.batch import Batch
 from mopo_kernels.backends.fold import Fold
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton, "cut": cut}
 
+# Triton's kernels run on CPU tensors where TRITON_INTERPRET=1: for tests, not for use.
+FOLD = {"cpu": ("cpu", "reference", "triton"), "cuda": ("cuda", "triton", "reference"), "mps": ("reference",)}
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "linear_logprob": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
-    "token_logprob": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
-    "sequence_sums": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
-    "objective": {"cpu": ("cpu", "reference"), "cuda": ("reference",), "mps": ("reference",)},
+    "linear_logprob": {**FOLD, "cpu": (*FOLD["cpu"], "cut"), "cuda": (*FOLD["cuda"], "cut")},
+    "token_logprob": FOLD,
+    "sequence_sums": FOLD,
+    "objective": FOLD,
 }
 
 
@@ -35,24 +44,33 @@ class Choice(NamedTuple):
     device: str
     backend: str
     reason: str
+    requested: bool
 
 
-def choose(op: str, device: str, backend: str | None = None) -> Choice:
-    """The backend that runs `op` on a device type.
+def choose(op: str, device: str, backend: str | None = None, dtype: torch.dtype = torch.float32) -> Choice:
+    """The backend that runs `op` on a device type in a dtype.
 
     Raises:
         ValueError: `backend` (or MOPO_BACKEND) names a backend that does not exist or cannot run there.
     """
     names = PREFERENCE[op].get(device, ("reference",))
-    available = [name for name in names if not _unavailable(name)]
-    for source, name in (("backend", backend), ("MOPO_BACKEND", os.environ.get("MOPO_BACKEND"))):
+    available = [name for name in names if not _unavailable(name, device, dtype)]
+    for source, name in (("backend", backend), ("MOPO_BACKEND", if_it_has(op, os.environ.get("MOPO_BACKEND")))):
         if not name:
             continue
         if name not in available:
-            why = f" ({_unavailable(name)})" if name in names else ""
+            why = f" ({_unavailable(name, device, dtype)})" if name in names else ""
             raise ValueError(f"{source}={name!r} cannot run {op} on {device}{why}; choose one of {available}")
-        return Choice(op, device, name, f"asked for by {source}")
-    return Choice(op, device, available[0], "first available in the table of preference")
+        return Choice(op, device, name, f"asked for by {source}", True)
+    if device == "cuda" and available[0] == "reference":
+        warnings.warn(
+            f"{op} runs in plain torch on the GPU, slowly and with all its logits in memory: "
+            f"{'; '.join(BACKENDS[name].UNAVAILABLE for name in FOLD['cuda'][:-1])}. "
+            "backend='reference' asks for it without this warning",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return Choice(op, device, available[0], "first available in the table of preference", False)
 
 
 def fold(backend: str) -> Fold:
@@ -65,9 +83,22 @@ def batch(backend: str) -> Batch:
     return cast(Batch, BACKENDS[backend])
 
 
-def _unavailable(backend: str) -> str:
+def if_it_has(op: str, backend: str | None) -> str | None:
+    """The name, unless it is that of a backend which has other ops but not this one."""
+    has_op = any(backend in names for names in PREFERENCE[op].values())
+    return backend if has_op or backend not in BACKENDS else None
+
+
+def _unavailable(backend: str, device: str, dtype: torch.dtype = torch.float32) -> str:
     """Why a backend cannot run here, or nothing."""
-    return cpu.UNAVAILABLE if backend == "cpu" else ""
+    module = BACKENDS[backend]
+    if module.UNAVAILABLE:
+        return str(module.UNAVAILABLE)
+    if module in (triton, cut) and device == "cpu" and not triton.INTERPRETED:
+        return "Triton kernels run on CPU tensors only where TRITON_INTERPRET=1"
+    if module is cut and dtype == torch.float64:
+        return "the cut kernels do not multiply float64"
+    return ""
 
 
 def describe() -> list[Choice]:
@@ -75,12 +106,16 @@ def describe() -> list[Choice]:
     devices = ["cpu"]
     devices += ["cuda"] if torch.cuda.is_available() else []
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    return [_explained(choose(op, device)) for op in PREFERENCE for device in devices]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the reason says the same
+        return [_explained(choose(op, device)) for op in PREFERENCE for device in devices]
 
 
 def _explained(choice: Choice) -> Choice:
     """The choice with what it runs on, and with the backends passed over for it."""
     details = f"; {cpu.instruction_set()} instructions" if choice.backend == "cpu" else ""
-    for name in PREFERENCE[choice.op].get(choice.device, ()):
-        details += f"; {name} is passed over: {_unavailable(name)}" if _unavailable(name) else ""
+    names = PREFERENCE[choice.op].get(choice.device, ("reference",))
+    for name in names[: names.index(choice.backend)]:
+        why = _unavailable(name, choice.device)
+        details += f"; {name} is passed over: {why}" if why else ""
     return choice._replace(reason=choice.reason + details)

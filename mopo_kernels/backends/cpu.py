@@ -25,10 +25,11 @@ else:
     if os.environ.get("MOPO_CPU_ISA"):
         _cpu.choose_isa(os.environ["MOPO_CPU_ISA"])
 
-# Without bfloat16 matrix instructions those products run several times slower than float32 ones.
-MULTIPLIES_BFLOAT16 = os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512") and bool(
+# Without matrix instructions for 16 bits, which float16 never has, those products run several times slower.
+_MULTIPLIES_BFLOAT16 = os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512") and bool(
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
+WIDENED = frozenset({torch.float16} if _MULTIPLIES_BFLOAT16 else {torch.float16, torch.bfloat16})
 
 
 def instruction_set() -> str:

@@ -64,7 +64,8 @@ class Statistics(NamedTuple):
 class Fold(Protocol):
     """A backend module of the tile engine."""
 
-    MULTIPLIES_BFLOAT16: bool  # whether products of bfloat16 are faster than products of float32
+    UNAVAILABLE: str  # why this backend cannot run here, "" if it can
+    WIDENED: frozenset[torch.dtype]  # dtypes whose matrix products run faster in float32
 
     def fold_statistics(
         self,

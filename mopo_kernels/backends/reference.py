@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+UNAVAILABLE = ""
 FILTER_BLOCK = 128  # rows and columns of a block that grad_filter may skip
 
 

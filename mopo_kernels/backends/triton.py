@@ -6,6 +6,7 @@ import os
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDENED: frozenset[torch.dtype] = frozenset()  # tensor cores multiply 16-bit inputs as they are
 
 try:
@@ -14,7 +15,15 @@ try:
 except ImportError as error:
     UNAVAILABLE = f"Triton is not installed ({error}); pip install triton"
 else:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    UNAVAILABLE = "" if interpreted or torch.cuda.is_available() else "Triton kernels need a GPU, or TRITON_INTERPRET=1"
+    UNAVAILABLE = "" if INTERPRETED or torch.cuda.is_available() else "Triton kernels need a GPU, or TRITON_INTERPRET=1"
 
-__all__ = ["UNAVAILABLE", "WIDENED", "fold_gradient", "fold_peaks", "fold_statistics", "objective", "sequence_sums"]
+__all__ = [
+    "INTERPRETED",
+    "UNAVAILABLE",
+    "WIDENED",
+    "fold_gradient",
+    "fold_peaks",
+    "fold_statistics",
+    "objective",
+    "sequence_sums",
+]
