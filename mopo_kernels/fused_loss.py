@@ -13,6 +13,7 @@ The operator's first output is the linearisation Σ_i ∂loss/∂logp_i · logp_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from mopo_kernels.head_ops import fake_gradients, head_for, plan_for, present, s
 from mopo_kernels.logprob import autocast, check_linear, check_result, filter_threshold
 from mopo_kernels.objective import PolicyStep, TargetPolicy, dense_groups
 from mopo_kernels.plan import accumulate_dtype, default_workspace
-from mopo_kernels.tiles import GradientSum, fused_gradients
+from mopo_kernels.tiles import GradientSum, Rows, count, fused_gradients, rows_that_count, split
 
 
 class PolicyTarget(NamedTuple):
@@ -123,19 +124,27 @@ def linear_policy_loss(
     labels = PolicyTarget(slot, weights, shift, num_groups)
     length = target.shape[1]
     flat_target = target.reshape(-1)
-    rows = (flat_target != ignore_index).nonzero().squeeze(-1)
+    rows = rows_that_count(flat_target, ignore_index)
+    places = torch.arange(len(flat_target), device=target.device)
+    sequence_of = places // length
     divisor = (target != ignore_index).sum(1).clamp(min=1) if average else torch.ones_like(slot)
-    plan = plan_for(len(rows), weight, backend, workspace_bytes, "fused")
-    blocks = _blocks(rows, slot[rows // length], plan.row_block, whole_groups=policy_step != "clone")
+    blocks: Sequence[Rows]
+    if policy_step == "clone":
+        plan = plan_for(rows, weight, backend, workspace_bytes, "fused")
+        blocks = split(rows, plan.row_block)
+    else:
+        places = places[rows]
+        plan = plan_for(places, weight, backend, workspace_bytes, "fused")
+        blocks = _whole_groups(places, slot[sequence_of[places]], plan.row_block)
 
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
     inputs = hidden.reshape(-1, hidden.shape[-1])
-    parts = sum(-(-len(block) // plan.row_block) for block in blocks)
+    parts = sum(-(-count(block) // plan.row_block) for block in blocks)
     sums = GradientSum(head, inputs, needs=needs, blocks=parts)
     logp = torch.zeros(slot.shape, dtype=torch.float64, device=slot.device)
 
-    def coefficient(block: Tensor, block_logp: Tensor) -> Tensor:
-        sequence = block // length
+    def coefficient(block: Rows, block_logp: Tensor) -> Tensor:
+        sequence = sequence_of[block]
         logp.index_add_(0, sequence, block_logp / divisor[sequence])
         return (policy_gradient(logp, labels, policy_step) / divisor)[sequence]
 
@@ -172,10 +181,8 @@ def _(
     return loss, logp, *fake_gradients(hidden, weight, bias, needs)
 
 
-def _blocks(rows: Tensor, slot: Tensor, row_block: int, *, whole_groups: bool) -> list[Tensor]:
-    """Deal rows to blocks of at most `row_block`, or of whole groups up to it (one group at least)."""
-    if not whole_groups:
-        return list(rows.split(row_block)) if len(rows) else []
+def _whole_groups(rows: Tensor, slot: Tensor, row_block: int) -> Sequence[Tensor]:
+    """Deal rows to blocks of whole groups: at most `row_block` rows, or one group."""
     order = slot.argsort(stable=True)
     sizes, total = [], 0
     for size in slot.bincount().tolist():
@@ -183,7 +190,7 @@ def _blocks(rows: Tensor, slot: Tensor, row_block: int, *, whole_groups: bool) -
             sizes.append(total)
             total = 0
         total += size
-    return list(rows[order].split([*sizes, total])) if len(rows) else []
+    return rows[order].split([*sizes, total]) if len(rows) else ()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

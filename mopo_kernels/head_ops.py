@@ -26,7 +26,7 @@ from mopo_kernels.plan import (
     seconds,
 )
 from mopo_kernels.rates import rates_of
-from mopo_kernels.tiles import GradientSum, Head, fused_gradients, gather
+from mopo_kernels.tiles import GradientSum, Head, Rows, count, fused_gradients, gather, rows_that_count, split
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight and bias; [0] where not needed
 
@@ -39,23 +39,24 @@ def backend_for(hidden: Tensor, weight: Tensor, backend: str | None, workspace_b
         return choice.backend
     rows, (vocab, hidden_size) = hidden.shape[:-1].numel(), weight.shape
     workspace_bytes = default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes
-    tiles = plan_for(rows, weight, choice.backend, workspace_bytes, "fused")
+    tiles = plan_for(slice(0, rows), weight, choice.backend, workspace_bytes, "fused")
     by_tiles, by_cut = seconds(rows, hidden_size, vocab, weight.itemsize, tiles, rates)
     return "cut" if by_cut < by_tiles else choice.backend
 
 
-def plan_for(rows: int, weight: Tensor, backend: str, workspace_bytes: int, logits: Logits) -> Plan:
+def plan_for(rows: Rows, weight: Tensor, backend: str, workspace_bytes: int, logits: Logits) -> Plan:
     vocab, hidden_size = weight.shape
     if backend == "cut":
-        return cut_plan(rows, hidden_size, weight.dtype)
+        return cut_plan(count(rows), hidden_size, weight.dtype)
     return plan(
-        rows,
+        count(rows),
         hidden_size,
         vocab,
         dtype=weight.dtype,
         compute=compute_for(weight, backend),
         workspace_bytes=workspace_bytes,
         logits=logits,
+        gathered=not isinstance(rows, slice),
         cache_bytes=cache_of(weight.device),
     )
 
@@ -156,19 +157,19 @@ def linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp[N], lse[N] (float64) and what is saved: grad_hidden[N, H], logits[N, V] (counted rows first) or [0]."""
-    rows = (target != ignore_index).nonzero().squeeze(-1)
-    plan = plan_for(len(rows), weight, backend, workspace_bytes, _PLANS[save])
+    rows = rows_that_count(target, ignore_index)
+    plan = plan_for(rows, weight, backend, workspace_bytes, _PLANS[save])
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
     lse = torch.zeros_like(logp)
     dtype = accumulate_dtype(weight.dtype)
-    parts = rows.split(plan.row_block)
+    parts = split(rows, plan.row_block)
     if save == "grad_hidden":
         sums = GradientSum(head, hidden, needs=(True, False, False), blocks=len(parts))
-        logp = fused_gradients(head, hidden, target, list(parts), lambda _, logp: torch.ones_like(logp), sums)
+        logp = fused_gradients(head, hidden, target, parts, lambda _, logp: torch.ones_like(logp), sums)
         return logp.to(dtype), lse, present(sums.finish(bias), weight)[0]
     logits = on_huge_pages(weight.new_empty(_kept_shape(target, weight, save), dtype=plan.compute))
-    tile = logits if save == "logits" else head.tile(len(rows))
+    tile = logits if save == "logits" else head.tile(count(rows))
     for part in parts:
         statistics = head.statistics(gather(head, hidden, part), target[part], tile)
         logp[part], lse[part] = statistics.logp, statistics.lse
@@ -218,14 +219,14 @@ def linear_logprob_backward(
     workspace_bytes: int,
     backend: str,
 ) -> Gradients:
-    rows = (target != ignore_index).nonzero().squeeze(-1)
+    rows = rows_that_count(target, ignore_index)
     keep = logits.ndim == 2
-    plan = plan_for(len(rows), weight, backend, workspace_bytes, "kept" if keep else "recompute")
+    plan = plan_for(rows, weight, backend, workspace_bytes, "kept" if keep else "recompute")
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
-    parts = rows.split(plan.row_block)
+    parts = split(rows, plan.row_block)
     sums = GradientSum(head, hidden, needs=needs, blocks=len(parts))
-    tile = logits if keep else head.tile(len(rows))
-    out = logits.new_empty(len(rows), plan.column_block) if keep else None
+    tile = logits if keep else head.tile(count(rows))
+    out = logits.new_empty(count(rows), plan.column_block) if keep else None
     coefficient = grad_logp.double()
     for part in parts:
         sums.add(part, gather(head, hidden, part), target[part], lse[part], coefficient[part], tile, out=out)

@@ -95,14 +95,16 @@ def plan(
     compute: torch.dtype,
     workspace_bytes: int,
     logits: Logits,
+    gathered: bool = True,
     cache_bytes: int | None = None,
 ) -> Plan:
     """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
 
+    `gathered`: only some rows count, and are copied together.
     `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
     """
     rows = max(rows, 1)
-    size = _Bytes.of(hidden_size, dtype, compute)
+    size = _Bytes.of(hidden_size, dtype, compute, gathered=gathered)
     column_block = vocab if size.per_column == 0 else _aligned(workspace_bytes // 4 // size.per_column, vocab)
     per_row = size.per_row + vocab * size.logit
     capacity = (workspace_bytes - column_block * size.per_column) // per_row
@@ -128,17 +130,19 @@ def fits_kept(
 class _Bytes:
     """What a row, a column and a logit cost in temporaries."""
 
-    per_row: int  # gathered hidden, its gradient's sum, statistics
+    per_row: int  # hidden and its gradient's sum, where they are copies; statistics
     per_column: int  # converted panel of weight, product waiting to be summed
     logit: int
 
     @classmethod
-    def of(cls, hidden_size: int, dtype: torch.dtype, compute: torch.dtype) -> _Bytes:
+    def of(cls, hidden_size: int, dtype: torch.dtype, compute: torch.dtype, *, gathered: bool = True) -> _Bytes:
         accumulate = accumulate_dtype(dtype)
         panel = 0 if compute == dtype else compute.itemsize
+        row = compute.itemsize if gathered or compute != dtype else 0
+        row_sum = accumulate.itemsize if gathered or accumulate != dtype else 0
         product = 0 if dtype == accumulate else accumulate.itemsize
         return cls(
-            per_row=hidden_size * (compute.itemsize + accumulate.itemsize) + 8 * 8,
+            per_row=hidden_size * (row + row_sum) + 8 * 8,
             per_column=hidden_size * (panel + product),
             logit=compute.itemsize,
         )

@@ -24,6 +24,8 @@ from mopo_kernels.backends.fold import Fold, Statistics, Transform
 from mopo_kernels.grad_filter import drop_small_blocks
 from mopo_kernels.plan import ALIGN, Plan, accumulate_dtype
 
+Rows = torch.Tensor | slice  # where a block's rows stand in hidden: int64, or a slice, which is never copied
+
 
 @dataclass(frozen=True)
 class Head:
@@ -106,7 +108,7 @@ class GradientSum:
 
     def add(
         self,
-        rows: Tensor,  # [R] int64, where the block's rows stand in hidden
+        rows: Rows,  # [R]
         hidden: Tensor,  # [R, H], those rows
         target: Tensor,  # [R]
         lse: Tensor,  # [R] float64
@@ -119,7 +121,7 @@ class GradientSum:
         head = self.head
         if head.plan.cut:
             return self._add_cut(rows, hidden, target, lse, coefficient)
-        grad_hidden = torch.zeros_like(hidden, dtype=self.accumulate) if self.hidden is not None else None
+        grad_hidden = self._hidden_sum(rows, hidden)
         for columns in head.column_blocks():
             part = head.view(tile, hidden.shape[0], columns)
             if not head.plan.resident:
@@ -137,8 +139,7 @@ class GradientSum:
                 self._products(grad, hidden, columns, grad_hidden)
             else:
                 self._filtered_products(grad, hidden, columns, grad_hidden, needed)
-        if self.hidden is not None and grad_hidden is not None:
-            self.hidden.index_copy_(0, rows, grad_hidden.to(self.hidden.dtype))
+        self._put_hidden(rows, grad_hidden)
         self.first = False
 
     def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -151,7 +152,23 @@ class GradientSum:
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
 
-    def _add_cut(self, rows: Tensor, hidden: Tensor, target: Tensor, lse: Tensor, coefficient: Tensor) -> None:
+    def _hidden_sum(self, rows: Rows, hidden: Tensor) -> Tensor | None:
+        """Zeros to sum the block's gradient in: those of the result, where they stand together and have the dtype."""
+        if self.hidden is None:
+            return None
+        if isinstance(rows, slice) and self.hidden.dtype == self.accumulate:
+            return self.hidden[rows]
+        return torch.zeros_like(hidden, dtype=self.accumulate)
+
+    def _put_hidden(self, rows: Rows, gradient: Tensor | None) -> None:
+        if self.hidden is None or gradient is None:
+            return
+        if isinstance(rows, Tensor):
+            self.hidden.index_copy_(0, rows, gradient.to(self.hidden.dtype))
+        elif not self.hidden[rows].is_set_to(gradient):
+            self.hidden[rows] = gradient
+
+    def _add_cut(self, rows: Rows, hidden: Tensor, target: Tensor, lse: Tensor, coefficient: Tensor) -> None:
         head = self.head
         grad_hidden, grad_weight, grad_bias = backends.cut.cut_gradients(
             *(hidden, head.weight, target, lse, coefficient, head.transform),
@@ -159,8 +176,7 @@ class GradientSum:
             needs=self.needs,
             grad_filter=head.grad_filter,
         )
-        if self.hidden is not None and grad_hidden is not None:
-            self.hidden.index_copy_(0, rows, grad_hidden.to(self.hidden.dtype))
+        self._put_hidden(rows, grad_hidden)
         if grad_weight is not None:
             self.weight = grad_weight if self.weight is None else self.weight.add_(grad_weight)
         if self.bias is not None and grad_bias is not None:
@@ -201,15 +217,15 @@ def fused_gradients(
     head: Head,
     hidden: Tensor,  # [N, H]
     target: Tensor,  # [N]
-    blocks: list[Tensor],  # int64 rows of hidden, a block each: whole groups where the coefficients need them
-    coefficient: Callable[[Tensor, Tensor], Tensor],  # (rows, their logp, float64) → ∂L/∂logp, float64
+    blocks: Sequence[Rows],  # whole groups where the coefficients need them
+    coefficient: Callable[[Rows, Tensor], Tensor],  # (rows, their logp, float64) → ∂L/∂logp, float64
     sums: GradientSum,
 ) -> Tensor:  # [N] float64, 0 where no block has the row
     """Log-probabilities and, in the same pass, the gradients of a loss whose ∂L/∂logp needs one block's logp only."""
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-    tile = head.tile(max((len(rows) for rows in blocks), default=0))
+    tile = head.tile(max(map(count, blocks), default=0))
     for rows in blocks:
-        parts = rows.split(head.plan.row_block)
+        parts = split(rows, head.plan.row_block)
         lse = []
         for part in parts:
             statistics = head.statistics(gather(head, hidden, part), target[part], tile)
@@ -224,9 +240,26 @@ def fused_gradients(
     return logp
 
 
-def gather(head: Head, hidden: Tensor, rows: Tensor) -> Tensor:  # [R, H]
-    """Rows of hidden, contiguous and in the dtype that products run in."""
-    return hidden.index_select(0, rows).to(head.plan.compute)
+def rows_that_count(target: Tensor, ignore_index: int) -> Rows:
+    rows = (target != ignore_index).nonzero().squeeze(-1)
+    return slice(0, len(target)) if len(rows) == len(target) else rows
+
+
+def count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def split(rows: Rows, size: int) -> Sequence[Rows]:
+    """Blocks of at most `size` rows."""
+    if isinstance(rows, Tensor):
+        return rows.split(size) if len(rows) > 0 else ()
+    return [slice(first, min(first + size, rows.stop)) for first in range(rows.start, rows.stop, size)]
+
+
+def gather(head: Head, hidden: Tensor, rows: Rows) -> Tensor:  # [R, H]
+    """Rows of hidden in the dtype that products run in."""
+    chosen = hidden[rows] if isinstance(rows, slice) else hidden.index_select(0, rows)
+    return chosen.to(head.plan.compute)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:

@@ -12,7 +12,16 @@ from mopo_kernels.rates import Rates
 
 
 def make(
-    rows, hidden_size, vocab, *, dtype=torch.float32, compute=None, workspace=CPU_WORKSPACE, logits="fused", cache=None
+    rows,
+    hidden_size,
+    vocab,
+    *,
+    dtype=torch.float32,
+    compute=None,
+    workspace=CPU_WORKSPACE,
+    logits="fused",
+    gathered=True,
+    cache=None,
 ):
     compute = compute or widened(dtype)
     return plan(
@@ -21,6 +30,7 @@ def make(
         compute=compute,
         workspace_bytes=workspace,
         logits=logits,
+        gathered=gathered,
         cache_bytes=cache,
     )
 
@@ -59,7 +69,12 @@ def test_one_pass_where_a_fair_block_of_whole_rows_fits():
     assert p.resident
     assert p.row_block * 32768 * 4 <= CPU_WORKSPACE
     assert "6·N·H·V" in p.reason
-    assert make(256, 2048, 128256).resident  # two blocks of 128 rows
+    assert make(256, 2048, 128256).resident
+
+
+def test_rows_that_all_count_are_not_copied():
+    assert make(256, 2048, 128256, gathered=False).row_block == 128
+    assert make(256, 2048, 128256).row_block < 128
 
 
 def test_rows_are_dealt_evenly():
