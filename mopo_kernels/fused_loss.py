@@ -75,8 +75,10 @@ def fused_policy_loss(
     grad_filter: float | Literal["auto"] | None,
     workspace_bytes: int | None,
     backend: str,
+    weight_grad_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The linearised loss [], differentiable, and logp[S], which is not. The head's options are `linear_logprob`'s."""
+    weight_grad = None if weight_grad_scale is None else _own_gradient(weight, weight_grad_scale)
     check_linear(
         *(hidden, weight, target, bias),
         temperature=temperature,
@@ -86,13 +88,17 @@ def fused_policy_loss(
         workspace_bytes=workspace_bytes,
     )
     hidden, weight, bias = autocast(hidden, weight, bias)
-    loss, logp, *_ = linear_policy_loss(
+    arguments = (
         *(hidden, weight, bias, target, *labels, policy_step, average),
         [x is not None and x.requires_grad for x in (hidden, weight, bias)],
         scales_of(temperature, softcap, logit_scale),
         *(ignore_index, filter_threshold(grad_filter, weight.dtype)),
-        *(default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes, backend, True),
+        *(default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes, backend),
     )
+    if weight_grad is None:
+        loss, logp, *_ = linear_policy_loss(*arguments, True)
+    else:
+        loss, logp = _IntoWeightGrad.apply(weight_grad, weight_grad_scale, *arguments)
     check_result(logp, hidden=hidden, weight=weight, bias=bias)
     return loss, logp
 
@@ -121,6 +127,35 @@ def linear_policy_loss(
 
     `donated`: the caller drops these gradients, so the backward may scale them in place.
     """
+    loss, logp, gradients = _run(
+        *(hidden, weight, bias, target, slot, weights, shift, num_groups, policy_step, average, needs),
+        *(scales, ignore_index, grad_filter, workspace_bytes, backend),
+    )
+    return loss, logp, *present(gradients, weight)
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    slot: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    num_groups: Tensor,
+    policy_step: str,
+    average: bool,
+    needs: list[bool],
+    scales: list[float],
+    ignore_index: int,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    backend: str,
+    *,
+    gradient_scale: float = 1.0,
+    weight_sum: Tensor | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss, logp, and the gradients times `gradient_scale`, weight's added to `weight_sum` where that is given."""
     labels = PolicyTarget(slot, weights, shift, num_groups)
     length = target.shape[1]
     flat_target = target.reshape(-1)
@@ -140,20 +175,20 @@ def linear_policy_loss(
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
     inputs = hidden.reshape(-1, hidden.shape[-1])
     parts = sum(-(-count(block) // plan.row_block) for block in blocks)
-    sums = GradientSum(head, inputs, needs=needs, blocks=parts)
+    sums = GradientSum(head, inputs, needs=needs, blocks=parts, weight_sum=weight_sum)
     logp = torch.zeros(slot.shape, dtype=torch.float64, device=slot.device)
 
     def coefficient(block: Rows, block_logp: Tensor) -> Tensor:
         sequence = sequence_of[block]
         logp.index_add_(0, sequence, block_logp / divisor[sequence])
-        return (policy_gradient(logp, labels, policy_step) / divisor)[sequence]
+        return (policy_gradient(logp, labels, policy_step) * gradient_scale / divisor)[sequence]
 
     fused_gradients(head, inputs, flat_target, blocks, coefficient, sums)
     grad_hidden, grad_weight, grad_bias = sums.finish(bias)
     dtype = accumulate_dtype(weight.dtype)
     loss = (policy_gradient(logp, labels, policy_step) * logp).sum()
     shaped = None if grad_hidden is None else grad_hidden.reshape(hidden.shape)
-    return loss.to(dtype), logp.to(dtype), *present((shaped, grad_weight, grad_bias), weight)
+    return loss.to(dtype), logp.to(dtype), (shaped, grad_weight, grad_bias)
 
 
 @linear_policy_loss.register_fake
@@ -225,3 +260,49 @@ def _scale(gradient: Tensor, scale: Tensor, donated: bool) -> Tensor:
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------- straight into weight.grad
+
+
+def _own_gradient(weight: Tensor, scale: float) -> Tensor:
+    """weight.grad, made if there is none, where sums of gradients can be added to it."""
+    if not 0 < abs(scale) < float("inf"):
+        raise ValueError(
+            f"weight_grad_scale={scale} must be the finite number that reaches the loss, 1 if nothing does"
+        )
+    if not (weight.is_leaf and weight.requires_grad):
+        raise ValueError("weight_grad_scale needs a weight that holds a gradient: a parameter that requires grad")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("weight_grad_scale writes to weight.grad, which torch.compile cannot trace: leave it out")
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    if weight.grad.dtype != accumulate_dtype(weight.dtype):
+        raise ValueError(
+            f"weight.grad is {weight.grad.dtype}, and sums in 16 bits bias training: keep the head in float32, or "
+            "leave weight_grad_scale out"
+        )
+    return weight.grad
+
+
+class _IntoWeightGrad(torch.autograd.Function):
+    """linear_policy_loss whose gradients are scaled in the forward, weight's added to its .grad there and then."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_grad: Tensor, scale: float, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, logp, (hidden, _, bias) = _run(*arguments, gradient_scale=scale, weight_sum=weight_grad)
+        ctx.mark_non_differentiable(logp)
+        ctx.save_for_backward(hidden, bias)
+        ctx.scale = scale
+        return loss, logp
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.isclose(grad_loss.double(), grad_loss.new_tensor(ctx.scale).double(), rtol=1e-6):
+            raise RuntimeError(
+                f"the gradient that reached the loss is {grad_loss.item():.6g}, and weight.grad holds what belongs to "
+                f"weight_grad_scale={ctx.scale}: pass what the loss is multiplied by, or leave it out"
+            )
+        hidden, bias = ctx.saved_tensors
+        return None, None, hidden, None, bias, *(None,) * 13

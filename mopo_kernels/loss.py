@@ -53,6 +53,7 @@ def mopo_loss(
     grad_filter: float | Literal["auto"] | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    weight_grad_scale: float | None = None,
 ) -> MOPOOutput:
     """MOPO policy step (arXiv 2505.10892, Eq. 3 and 7) on a batch of groups of responses.
 
@@ -85,13 +86,18 @@ def mopo_loss(
         average: per-token mean instead of the sum in log π(y|x).
         bias, temperature, softcap, logit_scale, ignore_index, grad_filter, workspace_bytes, backend:
             as in `linear_logprob`.
+        weight_grad_scale: what the loss will be multiplied by before `backward()` (1.0 if by nothing). Given, the
+            gradient of `weight` is added straight to `weight.grad` (float32) while the loss is computed: no second
+            [V, H] tensor where several batches accumulate. Its hooks, like those of DDP, see nothing of it, and where
+            NaN inputs raise an error it holds them already.
 
     Returns:
         MOPOOutput; `loss` is differentiable in hidden, weight and bias, nothing else is. A backend with a tile engine
         forms the gradients in the forward already, scaled in the backward.
 
     Raises:
-        ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit.
+        ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit; a `weight_grad_scale` for a
+            weight whose gradient cannot be summed in float32.
     """
     check_sequences(hidden, target)
     batch = win_rate.shape[0]
@@ -119,6 +125,8 @@ def mopo_loss(
     linearised = None
     name = backend_for(hidden, weight, backend, workspace_bytes)
     differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if name == "reference" and weight_grad_scale is not None:
+        raise ValueError("weight_grad_scale needs a backend with an engine, and this is 'reference'; leave it out")
     if name != "reference" and torch.is_grad_enabled() and differentiable:
         labels = PolicyTarget.of(
             target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize),
@@ -133,6 +141,7 @@ def mopo_loss(
             labels if index is None else labels.take(index),
             policy_step,
             backend=name,
+            weight_grad_scale=weight_grad_scale,
             **options,
         )
     else:

@@ -77,7 +77,7 @@ def seconds(rows: int, hidden_size: int, vocab: int, itemsize: int, plan: Plan, 
 
 def cut_plan(rows: int, hidden_size: int, dtype: torch.dtype) -> Plan:
     """One block of all rows, whose temporaries are what is gathered of them and the sum of their gradient."""
-    used = max(rows, 1) * (hidden_size * (dtype.itemsize + 4) + 8 * 8)
+    used = max(rows, 1) * hidden_size * (dtype.itemsize + 4)
     return Plan(max(rows, 1), 0, False, dtype, used, "cut kernels, 8·N·H·V: logits never leave the chip", cut=True)
 
 
@@ -128,9 +128,9 @@ def fits_kept(
 
 @dataclass(frozen=True)
 class _Bytes:
-    """What a row, a column and a logit cost in temporaries."""
+    """What a row, a column and a logit cost in temporaries; the statistics' 64 bytes per row are left out."""
 
-    per_row: int  # hidden and its gradient's sum, where they are copies; statistics
+    per_row: int  # hidden and its gradient's sum, where they are copies
     per_column: int  # converted panel of weight, product waiting to be summed
     logit: int
 
@@ -142,7 +142,7 @@ class _Bytes:
         row_sum = accumulate.itemsize if gathered or accumulate != dtype else 0
         product = 0 if dtype == accumulate else accumulate.itemsize
         return cls(
-            per_row=hidden_size * (row + row_sum) + 8 * 8,
+            per_row=hidden_size * (row + row_sum),
             per_column=hidden_size * (panel + product),
             logit=compute.itemsize,
         )

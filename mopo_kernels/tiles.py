@@ -92,7 +92,10 @@ class Head:
 class GradientSum:
     """Gradients of hidden, weight and bias, those that are needed, summed over blocks."""
 
-    def __init__(self, head: Head, hidden: Tensor, *, needs: Sequence[bool], blocks: int) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, *, needs: Sequence[bool], blocks: int, weight_sum: Tensor | None = None
+    ) -> None:
+        """`weight_sum`: [V, H] in accumulate_dtype, to which weight's gradient is added instead of to a new sum."""
         needs_hidden, needs_weight, needs_bias = needs
         self.head = head
         self.needs = needs_hidden, needs_weight, needs_bias
@@ -100,11 +103,11 @@ class GradientSum:
         self.hidden = torch.zeros_like(hidden) if needs_hidden else None
         # With one block each column is summed once, so weight's own dtype will do.
         dtype = head.weight.dtype if blocks == 1 else self.accumulate
-        self.weight = None
-        if needs_weight and not head.plan.cut:
+        self.weight = weight_sum
+        if needs_weight and weight_sum is None and not head.plan.cut:
             self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype))
         self.bias = head.weight.new_zeros(head.vocab, dtype=self.accumulate) if needs_bias else None
-        self.first = True
+        self.first = weight_sum is None  # nothing is summed yet
 
     def add(
         self,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import measure
 
 from mopo_kernels import mopo_loss, mopo_objective
 from mopo_kernels.backends import cpu
@@ -100,3 +101,73 @@ def test_the_weight_gradient_is_summed_in_float32():
     loss = mopo_loss(hidden, weight, target, win_rate, group, torch.ones(1), tau=1.0, workspace_bytes=64).loss
     (loss * (sequences // 2)).backward()  # every token contributes −w/2 = −1/4
     torch.testing.assert_close(weight.grad, torch.tensor([[-256.0], [256.0]], dtype=torch.bfloat16))
+
+
+# ------------------------------------------------------------------------------------- straight into weight.grad
+
+
+def head_of(sequences, *, dtype=torch.float32, v=300):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(sequences, 8, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(v, 16, generator=generator).to(dtype).requires_grad_()
+    target = torch.randint(0, v, (sequences, 8), generator=generator)
+    target[:, :2] = -100
+    return hidden, weight, target
+
+
+@pytest.mark.parametrize("policy_step", STEPS)
+@pytest.mark.parametrize("workspace", [20_000, None], ids=["blocks", "one block"])
+@pytest.mark.parametrize("grad_filter", [None, 1e-4])
+def test_gradients_added_straight_to_weight_grad_are_those_of_autograd(policy_step, workspace, grad_filter):
+    batch = labels([2, 2, 3])
+    options = {"tau": 0.3, "ref_logp": torch.randn(7), "policy_step": policy_step, "workspace_bytes": workspace}
+    options |= {"grad_filter": grad_filter, "backend": "cpu"}
+    hidden, weight, target = head_of(7)
+    bias = torch.randn(300, requires_grad=True)
+    results = []
+    for straight in (None, 0.25):
+        hidden.grad = weight.grad = bias.grad = None
+        for _ in range(2):
+            loss = mopo_loss(hidden, weight, target, *batch, bias=bias, weight_grad_scale=straight, **options).loss
+            (loss / 4).backward()
+        results.append([loss.detach(), hidden.grad, weight.grad, bias.grad])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_no_second_tensor_of_the_weights_size_is_made():
+    batch = labels([2, 2])
+    hidden, weight, target = head_of(4, v=20_000)
+    weight.grad = torch.zeros_like(weight)
+
+    def step(scale):
+        mopo_loss(hidden, weight, target, *batch, tau=0.3, backend="cpu", weight_grad_scale=scale).loss.backward()
+
+    peak, _ = measure(lambda: step(None))
+    straight, _ = measure(lambda: step(1.0))
+    assert peak - straight >= 0.9 * 4 * weight.numel()
+
+
+def test_another_gradient_than_announced_is_refused():
+    hidden, weight, target = head_of(4)
+    loss = mopo_loss(hidden, weight, target, *labels([2, 2]), tau=0.3, backend="cpu", weight_grad_scale=1.0).loss
+    with pytest.raises(
+        RuntimeError, match=r"reached the loss is 0\.5, and weight.grad holds .* weight_grad_scale=1\.0"
+    ):
+        (loss / 2).backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_grad_scale": 0.0}, "weight_grad_scale=0.0 must be the finite number"),
+        ({"weight_grad_scale": 1.0, "backend": "reference"}, "needs a backend with an engine"),
+        ({"weight_grad_scale": 1.0, "dtype": torch.bfloat16}, "weight.grad is torch.bfloat16, and sums in 16 bits"),
+        ({"weight_grad_scale": 1.0, "frozen": True}, "needs a weight that holds a gradient"),
+    ],
+)
+def test_weights_whose_gradient_cannot_be_summed_are_refused(options, message):
+    dtype, frozen = options.pop("dtype", torch.float32), options.pop("frozen", False)
+    hidden, weight, target = head_of(4, dtype=dtype)
+    weight.requires_grad_(not frozen)
+    with pytest.raises(ValueError, match=message):
+        mopo_loss(hidden, weight, target, *labels([2, 2]), tau=0.3, **options)

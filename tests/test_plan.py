@@ -74,6 +74,7 @@ def test_one_pass_where_a_fair_block_of_whole_rows_fits():
 
 def test_rows_that_all_count_are_not_copied():
     assert make(256, 2048, 128256, gathered=False).row_block == 128
+    assert make(2048, 512, 32768, gathered=False).row_block == 512
     assert make(256, 2048, 128256).row_block < 128
 
 
