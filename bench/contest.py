@@ -30,18 +30,28 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def rounds_of(runs):
+    """Seconds of {name: run} in ROUNDS rounds after a warm-up."""
+    keep_freed_memory()
+    seconds = {name: [] for name in runs}
+    for _ in range(1 + ROUNDS):
+        play(runs, seconds)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def play(runs, seconds):
+    """One round."""
+    for name, run in runs.items():
+        start = time.perf_counter()
+        run()
+        seconds[name].append(time.perf_counter() - start)
+
+
 def hold(benchmark, runs, **info):
     """Time {name: run} in rounds after a warm-up; the JSON gets the seconds of every round and the peak bytes."""
     keep_freed_memory()
     seconds = {name: [] for name in runs}
-
-    def every_contestant():
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-
-    benchmark.pedantic(every_contestant, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(play, (runs, seconds), rounds=ROUNDS, warmup_rounds=1)
     benchmark.extra_info |= info | {"threads": torch.get_num_threads()}
     benchmark.extra_info["seconds"] = {name: times[1:] for name, times in seconds.items()}
     benchmark.extra_info["peak_bytes"] = {name: measure(run)[0] for name, run in runs.items()}

@@ -1,11 +1,11 @@
 """pytest-benchmark's JSON as a Markdown table and plots:
 
     make bench                                        (or pytest bench … --benchmark-json results.json)
-    python bench/report.py results.json bench/results
+    python bench/report.py results.json … bench/results/cpu
 
 Per group: median seconds, and medians over the rounds of the ratios within a round: time against the first contestant,
 and the products alone (the block sizes of best median) against it. Memory is the peak above the start, outputs and
-gradients included.
+gradients included; malloc kept what was freed, so that nobody waits for the kernel's pages.
 """
 
 import argparse
@@ -23,33 +23,35 @@ matplotlib.use("Agg")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("output", type=Path, help="directory for report.md and the plots")
     options = parser.parse_args()
-    results = json.loads(options.results.read_text())
+    results = [json.loads(path.read_text()) for path in options.results]
     options.output.mkdir(parents=True, exist_ok=True)
-    lines = [heading(results)]
-    scaling = [entry for entry in results["benchmarks"] if "axis" in entry["extra_info"]]
-    for entry in results["benchmarks"]:
-        if entry not in scaling:
-            lines += table(entry)
+    lines = heading(results)
+    entries = [entry for result in results for entry in result["benchmarks"]]
+    scaling = [entry for entry in entries if "axis" in entry["extra_info"]]
+    contests = [entry for entry in entries if entry not in scaling]
+    if contests:
+        plot_contests(contests, options.output / "contests.png")
+        lines += ["", "![time and memory of every contestant](contests.png)"]
+    for entry in contests:
+        lines += table(entry)
     if scaling:
         plot_scaling(scaling, options.output / "scaling.png")
         lines += ["", "![time and memory against rows, vocabulary and the share of rows that count](scaling.png)"]
     (options.output / "report.md").write_text("\n".join(lines) + "\n")
 
 
-def heading(results: dict) -> str:
-    cpu = results["machine_info"]["cpu"]
-    return f"# Benchmarks\n\n{cpu['brand_raw']}, {cpu['count']} cores, {results['datetime'][:16]}."
+def heading(results: list[dict]) -> list[str]:
+    cpu, dates = results[0]["machine_info"]["cpu"], sorted(result["datetime"][:16] for result in results)
+    return [f"# Benchmarks\n\n{cpu['brand_raw']}, {cpu['count']} cores, {dates[0]} to {dates[-1]}."]
 
 
 def table(entry: dict) -> list[str]:
     info = entry["extra_info"]
     seconds = info["seconds"]
-    products = [name for name in seconds if name.startswith(CEILING)]
-    ceiling = min(products, key=lambda name: median(seconds[name]), default=None)
-    names = [name for name in seconds if name not in products]
+    names, ceiling = contestants(seconds)
     rows = [
         f"\n## {info['group']}\n",
         "| | seconds | × ours | of the products alone | extra memory, MB |",
@@ -65,6 +67,39 @@ def table(entry: dict) -> list[str]:
 
 def ratio(times: list[float], others: list[float]) -> float:
     return median(a / b for a, b in zip(times, others, strict=True))
+
+
+def plot_contests(entries: list[dict], path: Path) -> None:
+    bars = [sum(not name.startswith(CEILING) for name in entry["extra_info"]["seconds"]) + 1 for entry in entries]
+    figure, grid = plt.subplots(
+        *(len(entries), 2),
+        figsize=(12, 0.6 * len(entries) + 0.25 * sum(bars)),
+        squeeze=False,
+        sharey="row",
+        height_ratios=bars,
+        constrained_layout=True,
+    )
+    for (time, memory), entry in zip(grid, entries, strict=True):
+        info = entry["extra_info"]
+        names, ceiling = contestants(info["seconds"])
+        seconds = [median(info["seconds"][name]) for name in names]
+        colors = ["tab:blue" if name.startswith("mopo") else "tab:gray" for name in names]
+        time.barh(names, seconds, color=colors)
+        memory.barh(names, [info["peak_bytes"][name] / 1e6 for name in names], color=colors)
+        if ceiling:
+            time.axvline(median(info["seconds"][ceiling]), color="black", linestyle=":", label=CEILING)
+            time.legend(fontsize="small")
+        time.invert_yaxis()
+        time.set_title(f"{info['group']}: seconds", fontsize="medium", loc="left")
+        memory.set_title("extra memory, MB", fontsize="medium", loc="left")
+    figure.savefig(path, dpi=120)
+
+
+def contestants(seconds: dict) -> tuple[list[str], str | None]:
+    """Names of all but the products alone, and of the fastest of those."""
+    products = [name for name in seconds if name.startswith(CEILING)]
+    ceiling = min(products, key=lambda name: median(seconds[name]), default=None)
+    return [name for name in seconds if name not in products], ceiling
 
 
 def plot_scaling(entries: list[dict], path: Path) -> None:

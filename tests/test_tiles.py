@@ -1,5 +1,8 @@
 """The tile engine behind the public ops: every plan gives the reference's numbers, and no plan needs more memory."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,3 +214,21 @@ def test_grad_filter_matches_the_reference_and_skips_what_it_says(likely):
     assert (ours[2][unlikely] == 0).all()
     assert (everything[2][unlikely] != 0).all()
     assert all(relative_error(a, b) < 1e-3 for a, b in zip(ours, everything, strict=True))
+
+
+def test_large_memory_is_advised_to_lie_on_huge_pages_and_keeps_what_it_holds():
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists() or "VmFlags" not in smaps.read_text():
+        pytest.skip("needs a Linux kernel that lists the flags of memory")
+    x = torch.arange(2**24, dtype=torch.float32)  # 64 MiB, which malloc maps alone
+    assert cpu.on_huge_pages(x) is x
+    assert torch.equal(x, torch.arange(2**24, dtype=torch.float32))
+    middle = x.data_ptr() + 2**25
+    for area in re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*\n(?:[A-Z].*\n)*?VmFlags: (.*)$", smaps.read_text(), re.M):
+        if int(area[1], 16) <= middle < int(area[2], 16):
+            assert "hg" in area[3].split()  # huge pages advised
+            break
+    else:
+        pytest.fail("the tensor's memory is not listed")
+    for empty in (torch.empty(0), torch.empty(3)):
+        assert cpu.on_huge_pages(empty) is empty

@@ -1,0 +1,75 @@
+"""How long does the LM head take in the demo's training, in plain torch and in the engine? On the demo's micro-batches:
+
+    python bench/demo_head.py bench/results/demo
+
+Trains SmolLM2-135M for a few steps as the demo does (under thresholds, LoRA, frozen head), keeps what `mopo_loss` was
+given, and times its forward and backward on that, the backends in turn. Writes head.json to the given directory.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from contest import rounds_of
+from memory import measure
+
+from mopo_kernels import mopo_loss
+from mopo_trainer import demo, trainer
+from mopo_trainer.files import write_json
+
+BACKENDS = {"before: plain torch": "reference", "after: the engine": "cpu"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="directory for head.json")
+    parser.add_argument("--steps", type=int, default=2, help="training steps whose micro-batches are kept")
+    options = parser.parse_args()
+    batches = micro_batches(options.steps)
+    runs = {name: head_of(batches, backend) for name, backend in BACKENDS.items()}
+    seconds = rounds_of(runs)
+    found = {
+        "micro_batches": len(batches),
+        "rows that count": [int((arguments[2] != -100).sum()) for arguments, _ in batches],
+        "hidden": list(batches[0][0][0].shape),
+        "vocab": len(batches[0][0][1]),
+        "threads": torch.get_num_threads(),
+        "seconds": {name: [time / len(batches) for time in times] for name, times in seconds.items()},
+        "peak_bytes": {name: measure(run)[0] for name, run in runs.items()},
+    }
+    print(write_json(options.output / "head.json", found).read_text())
+
+
+def micro_batches(steps: int) -> list[tuple[tuple, dict]]:
+    """Arguments of `mopo_loss` in the demo's first steps."""
+    given = []
+
+    def keep(*arguments, **options):
+        given.append((arguments, options))
+        return mopo_loss(*arguments, **options)
+
+    settings = replace(demo.Settings(), steps=steps)
+    groups, _ = demo._load_groups(settings, seed=0)
+    with mock.patch.object(trainer, "mopo_loss", keep), tempfile.TemporaryDirectory() as directory:
+        model, tokenizer = demo._load_model(tiny=False, seed=0)
+        demo._train(model, tokenizer, groups, demo.THRESHOLDS, settings, 0, Path(directory))
+    return given
+
+
+def head_of(batches, backend):
+    """Forward and backward of the loss, as far as the hidden states."""
+    leaves = [arguments[0].detach().requires_grad_() for arguments, _ in batches]
+
+    def run():
+        for leaf, ((_, *arguments), options) in zip(leaves, batches, strict=True):
+            mopo_loss(leaf, *arguments, **options | {"backend": backend}).loss.backward()
+            leaf.grad = None
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
