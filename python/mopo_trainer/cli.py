@@ -1,4 +1,4 @@
-"""The command `mopo`: train, solve, pareto, demo, doctor.
+"""The command `mopo`: train, solve, pareto, demo, doctor, profile.
 
 Every subcommand imports what it needs when it runs, so that `mopo --help` answers at once and `mopo solve` never loads
 a model library. Wrong input ends with one line on stderr and exit code 2.
@@ -24,6 +24,7 @@ a first session:
   mopo solve labels.jsonl --primary helpful --threshold harmless=0.6
   mopo train config.yaml --max_steps 300       train under these thresholds
   mopo demo                                    all of this on a small real model, about ten minutes on a CPU
+  mopo profile                                 where the time of the fused LM head goes on this machine
 
 `mopo COMMAND --help` explains each with examples.  A traceback instead of one line: --debug or MOPO_DEBUG=1.
 """
@@ -122,6 +123,10 @@ def _run(arguments: list[str]) -> int:
         from mopo_trainer.train import run_train
 
         return run_train(arguments[1:])
+    if arguments[:1] == ["profile"]:  # what it offers depends on the device, which torch has to be asked for
+        from mopo_kernels import profile
+
+        return profile.run(arguments[1:])
     parser = build_parser()
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -135,7 +140,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of every subcommand but `train`, whose own lies in `mopo_trainer.train`."""
+    """The parser of every subcommand but `train` and `profile`, which have their own."""
     parser = Parser(prog="mopo", description=DESCRIPTION, epilog=MAIN_EXAMPLES)
     parser.add_argument("--version", action="version", version=f"mopo {_version()}")
     parser.set_defaults(run=None)
@@ -145,6 +150,7 @@ def build_parser() -> Parser:
     _add_pareto(commands)
     _add_demo(commands)
     _add_doctor(commands)
+    commands.add_parser("profile", help="where the time of an op goes here, against the machine's ceilings")
     return parser
 
 

@@ -10,7 +10,7 @@ import pytest
 from mopo_trainer.cli import main
 
 SUMMEVAL = Path(__file__).parents[2] / "examples" / "data" / "summeval-op" / "summeval-op.jsonl"
-COMMANDS = ("train", "solve", "pareto", "demo", "doctor")
+COMMANDS = ("train", "solve", "pareto", "demo", "doctor", "profile")
 
 
 def pair(**preference):
@@ -152,6 +152,7 @@ def files(tmp_path, monkeypatch):
         ("pareto --threshold harmless=0.99", "'harmless' must reach 0.99, but at most 0.78"),
         ("frobnicate", "invalid choice: 'frobnicate'"),
         ("--frobnicate", "unknown argument '--frobnicate' (see mopo --help)"),
+        ("profile --rows 0", "'0' is not a positive whole number"),
         ("demo --steps 0", "'0' is not a positive whole number"),
         ("train missing.yaml", "missing.yaml: No such file or directory"),
     ],

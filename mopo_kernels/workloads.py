@@ -1,0 +1,239 @@
+"""The public ops on random inputs of a given size, each with the work that it cannot avoid: what is profiled and timed.
+
+With N rows, hidden size H, vocabulary V and s bytes an element:
+
+    op                      flops   bytes
+    mopo_loss               6·N·H·V   2·(N + V)·H·s      hidden and weight read, both gradients written
+    linear_logprob          6·N·H·V   2·(N + V)·H·s
+    linear_logprob_forward  2·N·H·V   (N + V)·H·s
+    frozen_head             4·N·H·V   (2·N + V)·H·s      hidden's gradient alone
+    token_logprob           0         N·V·s              logits read once
+    token_logprob_backward  0         2·N·V·s            and their gradient written
+    sequence_sums           0         12·N               log-probabilities and targets read
+    objective               0         of N responses: labels read, results written
+
+and 12·N bytes of targets and log-probabilities more for the first six.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopo_kernels import backends, objective_ops
+from mopo_kernels.backends import reference
+from mopo_kernels.backends.batch import ObjectiveValues
+from mopo_kernels.logprob import linear_logprob, token_logprob
+from mopo_kernels.loss import mopo_loss
+from mopo_kernels.objective import mopo_objective
+from mopo_kernels.roofline import Run, Work
+
+TAU = 0.08
+OBJECTIVES = 4
+
+
+class Sizes(NamedTuple):
+    """Of one call."""
+
+    rows: int
+    hidden_size: int
+    vocab: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Workload(NamedTuple):
+    """The work that a call cannot avoid, random inputs for it, and a function that makes the call, to be repeated."""
+
+    help: str
+    op: str  # its name in backends.PREFERENCE
+    work: Callable[[Sizes], Work]
+    inputs: Callable[[Sizes], tuple[Tensor, ...]]
+    bind: Callable[..., Run]  # (backend, *inputs)
+
+
+def prepare(name: str, sizes: Sizes, backend: str | None = None) -> Run:
+    """A call of an op on fresh inputs."""
+    workload = WORKLOADS[name]
+    return workload.bind(backend, *workload.inputs(sizes))
+
+
+@contextmanager
+def ranged(name: str) -> Iterator[None]:
+    """A range of this name in torch.profiler's trace and, on a GPU, in Nsight's (NVTX)."""
+    with ExitStack() as ranges:
+        ranges.enter_context(torch.profiler.record_function(name))
+        if torch.cuda.is_available():
+            ranges.enter_context(torch.cuda.nvtx.range(name))
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------- LM heads
+
+
+def _products(count: int, hidden_reads: int, weight_reads: int) -> Callable[[Sizes], Work]:
+    """`count` matrix products, and so many times hidden's and weight's bytes."""
+
+    def work(sizes: Sizes) -> Work:
+        n, h, v = sizes.rows, sizes.hidden_size, sizes.vocab
+        return Work(
+            2.0 * count * n * h * v, (hidden_reads * n + weight_reads * v) * h * sizes.dtype.itemsize + 12.0 * n
+        )
+
+    return work
+
+
+def _head_inputs(sizes: Sizes) -> tuple[Tensor, ...]:
+    """hidden[N, H], weight[V, H] and target[N], with logits of deviation 1."""
+    n, h, v, dtype, device = sizes
+    hidden = torch.randn(n, h, device=device, dtype=dtype)
+    weight = torch.randn(v, h, device=device, dtype=dtype).div_(h**0.5)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,), device=device)
+
+
+def forward_and_backward(forward: Callable[[], Tensor], *leaves: Tensor) -> Run:
+    def run() -> None:
+        with ranged("forward"):
+            loss = forward()
+        with ranged("backward"):
+            loss.backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return run
+
+
+def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
+    """A group of two responses that tie, so that every row counts."""
+    if len(target) % 2 != 0:
+        raise ValueError(f"mopo_loss needs an even number of rows, two responses of as many tokens; got {len(target)}")
+    device = hidden.device
+    labels = (torch.full((2, 1), 0.5, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+    multipliers = torch.ones(1, device=device)
+
+    def forward() -> Tensor:
+        pair = hidden.unflatten(0, (2, -1)), weight, target.unflatten(0, (2, -1))
+        return mopo_loss(*pair, *labels, multipliers, tau=TAU, backend=backend).loss
+
+    return forward_and_backward(forward, hidden, weight)
+
+
+def _linear_logprob(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
+    return forward_and_backward(lambda: linear_logprob(hidden, weight, target, backend=backend).sum(), hidden, weight)
+
+
+def _frozen_head(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
+    weight = weight.detach()
+    return forward_and_backward(lambda: linear_logprob(hidden, weight, target, backend=backend).sum(), hidden)
+
+
+def _linear_logprob_forward(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
+    hidden, weight = hidden.detach(), weight.detach()
+
+    def run() -> None:
+        with ranged("forward"):
+            linear_logprob(hidden, weight, target, backend=backend)
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- what has no head
+
+
+def _logits(sizes: Sizes) -> tuple[Tensor, ...]:
+    """logits[N, V] and target[N]."""
+    n, _, v, dtype, device = sizes
+    return torch.randn(n, v, device=device, dtype=dtype).requires_grad_(), torch.randint(v, (n,), device=device)
+
+
+def _token_logprob(backend: str | None, logits: Tensor, target: Tensor) -> Run:
+    logits = logits.detach()
+
+    def run() -> None:
+        with ranged("forward"):
+            token_logprob(logits, target, backend=backend)
+
+    return run
+
+
+def _token_logprob_backward(backend: str | None, logits: Tensor, target: Tensor) -> Run:
+    logp = token_logprob(logits, target, backend=backend)
+    upstream = torch.ones_like(logp)
+
+    def run() -> None:
+        with ranged("backward"):
+            torch.autograd.grad(logp, logits, upstream, retain_graph=True)
+
+    return run
+
+
+def _token_rows(sizes: Sizes) -> tuple[Tensor, ...]:
+    """logp[B, L] and target[B, L], B · L = N."""
+    batch = math.gcd(sizes.rows, 64)
+    logp = torch.randn(batch, sizes.rows // batch, device=sizes.device)
+    return logp, torch.ones_like(logp, dtype=torch.int64)
+
+
+def _sequence_sums(backend: str | None, logp: Tensor, target: Tensor) -> Run:
+    name = backends.choose("sequence_sums", logp.device.type, backend).backend
+    if name == "reference":
+        return lambda: reference.sequence_sums(logp, target, -100)
+    return lambda: objective_ops.run_sequence_sums(logp, target, -100, name)
+
+
+def _responses(sizes: Sizes) -> tuple[Tensor, ...]:
+    """logp[N], win_rate[N, K], group[N] and multipliers[K]; each group has two responses, the last one maybe three."""
+    n, device = sizes.rows, sizes.device
+    if n < 2:
+        raise ValueError(f"objective needs at least two responses; got rows={n}")
+    group = (torch.arange(n, device=device) // 2).clamp(max=n // 2 - 1)
+    multipliers = torch.ones(OBJECTIVES, device=device)
+    return torch.randn(n, device=device), torch.rand(n, OBJECTIVES, device=device), group, multipliers
+
+
+def _objective(backend: str | None, *inputs: Tensor) -> Run:
+    return lambda: mopo_objective(*inputs, tau=TAU, eps=0.01, backend=backend)
+
+
+def _objective_work(sizes: Sizes) -> Work:
+    read = 4 * (1 + OBJECTIVES) + 8
+    return Work(0.0, read * sizes.rows + 8.0 * ObjectiveValues.size(sizes.rows, OBJECTIVES))
+
+
+def _logit_bytes(times: int) -> Callable[[Sizes], Work]:
+    return lambda sizes: Work(0.0, (times * sizes.vocab * sizes.dtype.itemsize + 12.0) * sizes.rows)
+
+
+WORKLOADS = {
+    "mopo_loss": Workload(
+        "clone step of mopo_loss, forward and backward",
+        *("linear_logprob", _products(3, 2, 2), _head_inputs, _clone_step),
+    ),
+    "linear_logprob": Workload(
+        "forward and backward", "linear_logprob", _products(3, 2, 2), _head_inputs, _linear_logprob
+    ),
+    "linear_logprob_forward": Workload(
+        "no gradients, as for a reference model",
+        *("linear_logprob", _products(1, 1, 1), _head_inputs, _linear_logprob_forward),
+    ),
+    "frozen_head": Workload(
+        "linear_logprob where hidden alone needs a gradient (LoRA)",
+        *("linear_logprob", _products(2, 2, 1), _head_inputs, _frozen_head),
+    ),
+    "token_logprob": Workload("from logits, forward", "token_logprob", _logit_bytes(1), _logits, _token_logprob),
+    "token_logprob_backward": Workload(
+        "gradient of the logits", "token_logprob", _logit_bytes(2), _logits, _token_logprob_backward
+    ),
+    "sequence_sums": Workload(
+        "sums of N log-probabilities over sequences",
+        *("sequence_sums", lambda sizes: Work(0.0, 12.0 * sizes.rows), _token_rows, _sequence_sums),
+    ),
+    "objective": Workload(
+        "mopo_objective of N responses, forward", "objective", _objective_work, _responses, _objective
+    ),
+}

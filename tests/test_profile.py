@@ -1,0 +1,147 @@
+"""`mopo profile`: floors of hand-made sizes, workloads that do the work they claim, tables and the timeline."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mopo_kernels import profile
+from mopo_kernels.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
+from mopo_kernels.workloads import WORKLOADS, Sizes, prepare
+
+CPU = torch.device("cpu")
+SIZES = Sizes(rows=10, hidden_size=3, vocab=7, dtype=torch.bfloat16, device=CPU)
+PRODUCT = 2 * 10 * 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "num_bytes"),
+    [
+        ("mopo_loss", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
+        ("linear_logprob", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
+        ("frozen_head", 2 * PRODUCT, 2 * (2 * 30 + 21) + 12 * 10),
+        ("linear_logprob_forward", PRODUCT, 2 * (30 + 21) + 12 * 10),
+        ("token_logprob", 0, 2 * 70 + 12 * 10),
+        ("token_logprob_backward", 0, 2 * 2 * 70 + 12 * 10),
+        ("sequence_sums", 0, 12 * 10),
+        ("objective", 0, 10 * (4 + 4 * 4 + 8) + 8 * (5 + 2 * 10 + 3 * 4)),
+    ],
+)
+def test_floors(name, flops, num_bytes):
+    assert WORKLOADS[name].work(SIZES) == (flops, num_bytes)
+
+
+def test_every_floor_is_tested():
+    (mark,) = (mark for mark in test_floors.pytestmark if mark.name == "parametrize")
+    assert {case[0] for case in mark.args[1]} == set(WORKLOADS)
+
+
+@pytest.mark.parametrize("name", ["mopo_loss", "linear_logprob", "frozen_head", "linear_logprob_forward"])
+def test_torch_counts_the_same_flops(name):
+    sizes = SIZES._replace(dtype=torch.float32)
+    run = prepare(name, sizes, "reference")
+    with FlopCounterMode(display=False) as counter:
+        run()
+    assert counter.get_total_flops() == WORKLOADS[name].work(sizes).flops
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_repeats(name):
+    run = prepare(name, Sizes(12, 8, 40, torch.float32, CPU))
+    run()
+    run()
+
+
+def test_the_longer_of_flops_and_bytes_is_the_floor():
+    ceilings = Ceilings(gemm=100.0, copy=10.0)
+    assert ceilings.floor(Work(flops=200.0, bytes=10.0)) == 2.0
+    assert ceilings.floor(Work(flops=200.0, bytes=40.0)) == 4.0
+    assert ceilings.fraction(Work(flops=200.0, bytes=40.0), seconds=8.0) == 0.5
+
+
+def test_the_median_of_the_rounds_after_the_warm_up(monkeypatch):
+    calls = []
+    clock = iter([0, 1, 10, 15, 20, 22])  # rounds of 1, 5 and 2 seconds
+    monkeypatch.setattr("mopo_kernels.roofline.time.perf_counter", lambda: next(clock))
+    assert seconds_of(lambda: calls.append(None), CPU, rounds=3, warmup=2) == 2
+    assert len(calls) == 5
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    monkeypatch.setattr("mopo_kernels.roofline.seconds_of", lambda run, device: run() is None or 0.5)
+    assert copy_rate(1000, CPU) == 2 * 1000 / 0.5
+    assert gemm_rate(2, 3, 5, torch.float32, CPU) == 2 * 2 * 3 * 5 / 0.5
+
+
+def test_against_ceilings():
+    text = profile.against_ceilings(Work(3e9, 2e6), Ceilings(1e12, 1e9), seconds=0.006, peak=5 * 2**20)
+    assert text.splitlines() == [
+        "needed  ceiling  time at it",
+        " 3e+09  1e+12/s        3 ms  flops",
+        " 2e+06  1e+09/s        2 ms  bytes",
+        "a step takes 6 ms, 50% of the roofline, and 5 MiB beside its inputs",
+    ]
+
+
+def test_the_table_ends_with_what_is_left_over():
+    lines = [profile.Line(f"kernel {i}", 2, 0.001) for i in range(20)]
+    text = profile.table(lines).splitlines()
+    assert text[1].split() == ["5.0%", "1", "ms", "2", "kernel", "0"]
+    assert len(text) == 1 + 15 + 1
+    assert text[-1].split() == ["25.0%", "5", "ms", "5", "more"]
+
+
+@pytest.mark.parametrize("name", ["mopo_loss", "token_logprob", "objective"])
+def test_the_command(name, capfd, tmp_path):
+    path = tmp_path / "trace.json"
+    sizes = ["--rows", "12", "--hidden-size", "8", "--vocab", "300", "--steps", "2"]
+    assert profile.main(["--op", name, *sizes, "--trace", str(path)]) == 0
+    printed = capfd.readouterr().out
+    assert f"{name}: 12 rows, hidden size 8, vocabulary 300" in printed
+    assert "of the roofline" in printed
+    assert f"mopo_kernels::{'linear_policy_loss' if name == 'mopo_loss' else name}" in printed
+    assert str(path) in printed
+    names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert {f"{name}, step 0", f"{name}, step 1"} <= names
+    assert {"forward", "backward"} <= names or name != "mopo_loss"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--op frob", "invalid choice: 'frob'"),
+        ("--rows 0", "'0' is not a positive whole number"),
+        ("--vocab many", "'many' is not a positive whole number"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--backend frob", "backend='frob' cannot run linear_logprob"),
+        ("--op objective --rows 1", "at least two responses; got rows=1"),
+        ("--rows 7 --vocab 9", "even number of rows, two responses of as many tokens; got 7"),
+        ("--trace nowhere/trace.json", "there is no directory nowhere"),
+        ("--frob", "unrecognized arguments: --frob (see mopo profile --help)"),
+    ],
+)
+def test_wrong_input_gets_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert profile.main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("mopo profile: error: ")
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+def test_sizes_that_do_not_fit(monkeypatch, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(profile, "_report", out_of_memory)
+    assert profile.main([]) == 2
+    assert "take fewer --rows" in capsys.readouterr().err
+
+
+def test_the_help_names_every_op(capsys):
+    with pytest.raises(SystemExit):
+        profile.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in WORKLOADS)
