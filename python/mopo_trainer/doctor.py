@@ -96,7 +96,9 @@ def cpu() -> dict[str, Any]:
 
 
 def backend_table() -> list[dict[str, str]]:
-    return [dict(zip(("op", "device", "backend", "reason"), map(str, row), strict=True)) for row in backends.describe()]
+    return [
+        dict(zip(("op", "device", "backend", "reason"), map(str, row[:4]), strict=True)) for row in backends.describe()
+    ]
 
 
 def report() -> dict[str, Any]:
