@@ -38,6 +38,7 @@ from mopo_kernels.backends.cut_tile import (
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.triton_fold import below, scaled
 
+OWNER = {"gradients": "nothing", "grad_hidden": "rows", "grad_weight": "columns"}  # what a kernel's program owns
 LARGEST = 2.0**14
 PART_BYTES = 2**28  # of partial sums of grad_hidden, which few rows have several of: 128 programs at H = 4096
 
@@ -57,6 +58,7 @@ def add_product(
     total,  # [rows, H]
     left,  # [BLOCK, BLOCK_OTHER]
     right_rows,  # [BLOCK_OTHER] pointers
+    right_counts,  # [BLOCK_OTHER], or the row is 0
     unit,
     row,  # [BLOCK]
     rows,
@@ -70,7 +72,8 @@ def add_product(
     total_rows = total + row.to(tl.int64) * hidden_size
     for first in range(0, hidden_size, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
-        right = tl.load(right_rows[:, None] + h[None, :], mask=(h < hidden_size)[None, :], other=0)
+        counts = right_counts[:, None] & (h < hidden_size)[None, :]
+        right = tl.load(right_rows[:, None] + h[None, :], mask=counts, other=0)
         product = dot(left, right, tl.zeros([BLOCK, BLOCK_H], tl.float32), PRECISION)
         inside = (row < rows)[:, None] & (h < hidden_size)[None, :]
         add(total_rows[:, None] + h[None, :], product * unit, inside, ATOMIC)
@@ -142,7 +145,7 @@ def cut_gradients_kernel(
         grad = grad * tl.where(column[None, :] == row_target[:, None], 1 - p, -p)
         grad = tl.where((row_slope != 0)[:, None], grad, 0)
 
-        has_target = row_target // BLOCK_V == block_v
+        has_target = (row_target >= block_v * BLOCK_V) & (row_target < block_v * BLOCK_V + BLOCK_V)
         has_large = tl.max(tl.where(p < grad_filter, 0, 1), 1) > 0  # NaN too
         if tl.max(((has_target | has_large) & (row_slope != 0)).to(tl.int32), 0) > 0:
             if grad_bias is not None:
@@ -150,11 +153,12 @@ def cut_gradients_kernel(
             left = grad.to(hidden.dtype.element_ty)
             if grad_hidden is not None:
                 add_product(
-                    grad_hidden, left, weight_rows, unit, row, rows, hidden_size, ATOMIC, BLOCK_N, SUM_H, PRECISION
+                    *(grad_hidden, left, weight_rows, column < vocab, unit, row, rows, hidden_size),
+                    *(ATOMIC, BLOCK_N, SUM_H, PRECISION),
                 )
             if grad_weight is not None:
                 add_product(
-                    *(grad_weight, tl.trans(left), hidden_rows, unit, column, vocab, hidden_size),
+                    *(grad_weight, tl.trans(left), hidden_rows, row_slope != 0, unit, column, vocab, hidden_size),
                     *(ATOMIC, BLOCK_V, SUM_H, PRECISION),
                 )
         if not ATOMIC:
@@ -175,54 +179,54 @@ def cut_gradients(
     blocks: Blocks | None = None,  # instead of the table's
 ) -> Gradients:
     """∂(Σ coefficient · logp) by hidden, weight and bias, in float32; by owners if torch is to be deterministic."""
-    rows = target, lse, *_in_units(coefficient * (transform.inner * transform.outer))
-    inputs = with_contiguous_rows(hidden), with_contiguous_rows(weight), *rows, bias, transform, grad_filter or 0.0
+    per_row = target, lse, *_in_units(coefficient * (transform.inner * transform.outer))
+    inputs = with_contiguous_rows(hidden), with_contiguous_rows(weight), *per_row, bias, transform, grad_filter or 0.0
 
-    def run(kernel: str, owner: str, needs: tuple[bool, bool, bool]) -> Gradients:
-        return _run(*inputs, owner, needs, blocks or blocks_for(kernel, hidden))
+    def run(kernel: str, needs: tuple[bool, bool, bool]) -> Gradients:
+        return launch(kernel, *inputs, needs, blocks or blocks_for(kernel, hidden))
 
     if not torch.are_deterministic_algorithms_enabled():
-        return run("gradients", "nothing", needs)
+        return run("gradients", needs)
     needs_hidden, needs_weight, needs_bias = needs
-    grad_hidden, _, _ = run("grad_hidden", "rows", (needs_hidden, False, False))
-    _, grad_weight, grad_bias = run("grad_weight", "columns", (False, needs_weight, needs_bias))
+    grad_hidden, _, _ = run("grad_hidden", (needs_hidden, False, False))
+    _, grad_weight, grad_bias = run("grad_weight", (False, needs_weight, needs_bias))
     return grad_hidden, grad_weight, grad_bias
 
 
-def _run(
+def launch(
+    kernel: str,  # of OWNER
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
-    slope: Tensor,
-    unit: Tensor,
+    slope: Tensor,  # [N] float32, in units
+    unit: Tensor,  # [1] float32
     bias: Tensor | None,
     transform: Transform,
     grad_filter: float,
-    owner: str,
     needs: tuple[bool, bool, bool],
     blocks: Blocks,
 ) -> Gradients:
-    """The gradients needed, by one launch of programs that own a block of this each."""
+    """The gradients needed, by one launch."""
     (rows, hidden_size), vocab = hidden.shape, len(weight)
     row_blocks, column_blocks = triton.cdiv(rows, blocks.BLOCK_N), triton.cdiv(vocab, blocks.BLOCK_V)
     programs, parts, part_blocks, copies = column_blocks, 1, column_blocks, 1
-    if owner == "nothing":
+    if kernel == "gradients":
         programs, parts, part_blocks = row_blocks * column_blocks, column_blocks, 1
-    elif owner == "rows":
+    elif kernel == "grad_hidden":
         wanted = triton.cdiv(ENOUGH_PROGRAMS, max(row_blocks, 1))
         parts, part_blocks = parts_of(column_blocks, min(wanted, PART_BYTES // max(4 * hidden.numel(), 1)))
         programs, copies = row_blocks * parts, parts
 
     shapes = (copies, rows, hidden_size), (vocab, hidden_size), (vocab,)
     grads = [hidden.new_zeros(x, dtype=torch.float32) if need else None for x, need in zip(shapes, needs, strict=True)]
-    if any(needs) and rows > 0:
+    if any(needs) and rows > 0 and vocab > 0:
         with torch.cuda.device_of(hidden):
             cut_gradients_kernel[(programs,)](
                 *(hidden, weight, target, lse, slope, unit, bias, *grads, hidden.stride(0), weight.stride(0)),
                 *(rows, vocab, hidden_size, parts, part_blocks, transform.inner, transform.outer, grad_filter),
                 SOFTCAP=transform.softcap,
-                OWNER=owner,
+                OWNER=OWNER[kernel],
                 PRECISION=dot_precision(hidden.dtype),
                 GROUP=GROUP,
                 **blocks._asdict(),
@@ -236,5 +240,5 @@ def _run(
 def _in_units(slope: Tensor) -> tuple[Tensor, Tensor]:
     """Slopes in units of the largest / LARGEST, and that unit, float32."""
     largest = slope.abs().amax(0, keepdim=True) if len(slope) > 0 else slope.new_ones(1)
-    unit = largest.clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    unit = largest.clamp(min=LARGEST * torch.finfo(torch.float32).tiny) / LARGEST
     return (slope / unit).float(), unit.float()

@@ -63,7 +63,7 @@ def cut_statistics_kernel(
     row_target = tl.load(target + row, mask=row < rows, other=0).to(tl.int32)
 
     max = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    sum = tl.zeros([BLOCK_N], tl.float32)
+    sum = tl.zeros([BLOCK_N], tl.float64)  # of thousands of blocks, whose roundings may all go one way
     target_z = max
     for block_v in range(part * part_blocks, tl.minimum((part + 1) * part_blocks, tl.cdiv(vocab, BLOCK_V))):
         column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -100,7 +100,7 @@ def cut_statistics(
     (rows, hidden_size), vocab = hidden.shape, len(weight)
     row_blocks, column_blocks = triton.cdiv(rows, blocks.BLOCK_N), triton.cdiv(vocab, blocks.BLOCK_V)
     parts, part_blocks = parts_of(column_blocks, triton.cdiv(ENOUGH_PROGRAMS, max(row_blocks, 1)))
-    of_parts = hidden.new_empty(3, parts, rows, dtype=torch.float32)
+    of_parts = hidden.new_empty(3, parts, rows, dtype=torch.float64)
     if rows > 0:
         with torch.cuda.device_of(hidden):
             cut_statistics_kernel[(row_blocks * parts,)](
@@ -111,7 +111,7 @@ def cut_statistics(
                 GROUP=GROUP,
                 **blocks._asdict(),
             )
-    return _combined(*of_parts.double())
+    return _combined(*of_parts)
 
 
 def _combined(part_max: Tensor, part_sum: Tensor, part_target: Tensor) -> Statistics:  # [parts, N] each

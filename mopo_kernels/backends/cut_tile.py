@@ -34,6 +34,21 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
+# BLOCK_N, BLOCK_V, BLOCK_H and num_warps that spill on no architecture of docs/aot.md.
+TILES_OF_16_BITS = {
+    "statistics": [(128, 128, 64, 8), (64, 256, 64, 8), (128, 128, 32, 8), (128, 64, 64, 4), (64, 128, 64, 4)],
+    "gradients": [(128, 128, 32, 8), (128, 64, 64, 8), (64, 128, 64, 8), (128, 64, 32, 8), (64, 64, 64, 4)],
+    "grad_hidden": [(128, 64, 64, 8), (64, 128, 64, 8), (128, 64, 32, 8), (64, 128, 32, 4), (64, 64, 32, 4)],
+    "grad_weight": [(128, 64, 64, 8), (64, 128, 64, 8), (64, 128, 32, 8), (64, 128, 32, 4), (64, 64, 64, 4)],
+}
+TILES_OF_32_BITS = {
+    "statistics": [(128, 128, 16, 8), (128, 64, 32, 8), (64, 64, 32, 4), (64, 64, 16, 4)],
+    "gradients": [(64, 128, 32, 8), (64, 64, 32, 4), (64, 64, 16, 4)],
+    "grad_hidden": [(64, 32, 32, 4), (32, 64, 32, 4)],
+    "grad_weight": [(64, 64, 32, 4), (64, 32, 32, 4), (32, 64, 32, 4)],
+}
+
+
 def _read_table() -> dict[str, dict[str, dict[str, Blocks]]]:
     table = json.loads(Path(__file__).with_name("cut_blocks.json").read_text())
     return {
@@ -62,10 +77,10 @@ def blocks_for(kernel: str, hidden: Tensor) -> Blocks:
 
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Blocks]:
-    """What is worth timing."""
-    if dtype == torch.float32:
-        return [Blocks(*sizes, 4, 2) for sizes in itertools.product((32, 64), (32, 64), (16, 32))]
-    return []
+    """What is worth timing on any GPU beside the table's entry."""
+    wide = dtype == torch.float32
+    tiles, stages = (TILES_OF_32_BITS, (2,)) if wide else (TILES_OF_16_BITS, (3, 4))
+    return [Blocks(*tile, stage) for stage, tile in itertools.product(stages, tiles[kernel])]
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -74,12 +89,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def parts_of(column_blocks: int, wanted: int) -> tuple[int, int]:
-    """Parts of the vocabulary, as many as wanted or fewer but none empty, and column blocks of each.
+    """Parts of the vocabulary, one or as many as wanted or fewer but none empty, and column blocks of each.
 
     Shapes alone decide how many are wanted, so that sums run in the same order on any GPU.
     """
-    part_blocks = triton.cdiv(column_blocks, max(1, min(column_blocks, wanted)))
-    return triton.cdiv(column_blocks, part_blocks), part_blocks
+    part_blocks = max(1, triton.cdiv(column_blocks, max(1, wanted)))
+    return max(1, triton.cdiv(column_blocks, part_blocks)), part_blocks
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
