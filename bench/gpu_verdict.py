@@ -1,0 +1,175 @@
+"""What the measurements of the GPU report amount to: goals met or missed, and entries of the tables the package reads.
+
+Pure functions of the report's results, the JSON lines of gpu_steps.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+Result = dict[str, Any]
+
+PEERS = ("CCE", "CCE, all gradients", "Liger")
+
+
+class Goal(NamedTuple):
+    """What is to be reached, what was measured, and whether that is enough."""
+
+    goal: str
+    measured: str
+    verdict: str  # "met", "missed", "not measured", or "dry run"
+
+
+def goals(results: list[Result], *, dry_run: bool) -> list[Goal]:
+    """Each is judged where it is furthest from being reached."""
+    found = [
+        _least("clone step ≥ 85% of the GEMM ceiling at 6·N·H·V", 0.85, _of_gemm(results, "mopo_loss")),
+        _least(
+            "cut forward ≥ 80% of the GEMM ceiling at 2·N·H·V", 0.80, _of_gemm(results, "linear_logprob_forward, cut")
+        ),
+        _least("token_logprob ≥ 90% of copy bandwidth", 0.90, _of_copy(results, "token_logprob")),
+        _objective(results),
+        _memory(results),
+        _against_peers(results),
+    ]
+    return [Goal(goal.goal, "dry run", "dry run") for goal in found] if dry_run else found
+
+
+def roofline_fraction(result: Result, results: list[Result]) -> float | None:
+    """Floor over time; None where the time or a ceiling is missing."""
+    gemm, copied = gemm_ceiling(results), copy_ceiling(results)
+    if "seconds" not in result or gemm is None or copied is None:
+        return None
+    return max(result["flops"] / gemm, result["bytes"] / copied) / result["seconds"]
+
+
+def gemm_ceiling(results: list[Result]) -> float | None:
+    """The fastest product measured."""
+    return max((r["flops_per_second"] for r in results if r["kind"] == "gemm"), default=None)
+
+
+def copy_ceiling(results: list[Result]) -> float | None:
+    return max((r["bytes_per_second"] for r in results if r["kind"] == "copy"), default=None)
+
+
+def gradient_bytes(result: Result, itemsize: int = 2) -> int:
+    """Gradients of hidden and weight as they are returned, and weight's as it is summed, in float32."""
+    n, h, v = result["sizes"]
+    return (n + v) * h * itemsize + v * h * 4
+
+
+def rates_entry(results: list[Result]) -> dict[str, float] | None:
+    """What gpu_rates.json holds of an architecture and dtype; None where something is missing."""
+    best = best_blocks(results)
+    rates = {
+        "gemm": max((r["flops_per_second"] for r in results if r["kind"] == "products"), default=None),
+        "copy": copy_ceiling(results),
+        "cut_statistics": best.get("statistics", {}).get("flops_per_second"),
+        "cut_gradients": best.get("gradients", {}).get("flops_per_second"),
+    }
+    measured = {name: float(rate) for name, rate in rates.items() if rate is not None}
+    return measured if len(measured) == len(rates) else None
+
+
+def best_blocks(results: list[Result]) -> dict[str, Result]:
+    """The fastest result of each cut kernel."""
+    best: dict[str, Result] = {}
+    for result in results:
+        if result["kind"] == "blocks" and "seconds" in result:
+            other = best.get(result["kernel"])
+            if other is None or result["seconds"] < other["seconds"]:
+                best[result["kernel"]] = result
+    return best
+
+
+def with_blocks(table: dict[str, Any], architecture: str, dtype: str, results: list[Result]) -> dict[str, Any]:
+    """cut_blocks.json with the fastest blocks of an architecture, which starts from the default where it is new."""
+    table = copy.deepcopy(table)
+    entry = table.setdefault(architecture, copy.deepcopy(table["default"]))
+    for kernel, result in best_blocks(results).items():
+        entry[dtype][kernel] = result["blocks"]
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------- goals
+
+
+def _least(goal: str, wanted: float, shares: dict[str, float]) -> Goal:
+    if not shares:
+        return _not_measured(goal)
+    worst, best = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
+    measured = f"{shares[worst]:.1%} at {worst}; at best {shares[best]:.1%} at {best}"
+    return Goal(goal, measured, _met(shares[worst] >= wanted))
+
+
+def _of_gemm(results: list[Result], name: str) -> dict[str, float]:
+    ceiling = gemm_ceiling(results)
+    times = _times(results, name)
+    return {_at(r): r["flops"] / ceiling / r["seconds"] for r in times} if ceiling else {}
+
+
+def _of_copy(results: list[Result], name: str) -> dict[str, float]:
+    ceiling = copy_ceiling(results)
+    times = _times(results, name)
+    return {_at(r): r["bytes"] / ceiling / r["seconds"] for r in times} if ceiling else {}
+
+
+def _objective(results: list[Result]) -> Goal:
+    goal = "objective: one launch, < 15 µs at B = 64"
+    found = [r for r in results if r["kind"] == "launches" and "launches" in r]
+    if not found:
+        return _not_measured(goal)
+    first = found[0]  # the table's first choice of those that run
+    calls = [f"; the whole call {r['seconds'] * 1e6:.1f} µs" for r in _times(results, "objective")]
+    measured = f"{first['backend']}: {first['launches']:g} launches, {first['device_seconds'] * 1e6:.1f} µs"
+    return Goal(goal, measured + "".join(calls), _met(first["launches"] == 1 and first["device_seconds"] < 15e-6))
+
+
+def _memory(results: list[Result]) -> Goal:
+    goal = "memory ≤ workspace + gradients, weight's summed in float32"
+    workspace = next((r["workspace"] for r in results if r["kind"] == "environment"), None)
+    extra = {
+        f"{r['name']} at {_at(r)}": r["peak_bytes"] - gradient_bytes(r)
+        for name in ("mopo_loss", "linear_logprob")
+        for r in _times(results, name)
+        if r["peak_bytes"] is not None
+    }
+    if not extra or workspace is None:
+        return _not_measured(goal)
+    worst = max(extra, key=extra.__getitem__)
+    measured = f"{extra[worst] / 2**20:.0f} of {workspace / 2**20:.0f} MiB by {worst}"
+    return Goal(goal, measured, _met(extra[worst] <= workspace))
+
+
+def _against_peers(results: list[Result]) -> Goal:
+    goal = "never slower than CCE or Liger"
+    ours = {_at(r): r["seconds"] for r in _times(results, "linear_logprob")}
+    ratios = {
+        f"{name} at {_at(r)}": r["seconds"] / ours[_at(r)]
+        for name in PEERS
+        for r in _times(results, name)
+        if _at(r) in ours
+    }
+    if not ratios:
+        return _not_measured(goal)
+    worst = min(ratios, key=ratios.__getitem__)
+    measured = f"linear_logprob is {ratios[worst]:.2f} × as fast as {worst}, the closest"
+    return Goal(goal, measured, _met(ratios[worst] >= 1))
+
+
+def _times(results: Iterable[Result], name: str) -> list[Result]:
+    return [r for r in results if r["kind"] == "time" and r["name"] == name and "seconds" in r]
+
+
+def _at(result: Result) -> str:
+    return "N={} H={} V={}".format(*result["sizes"])
+
+
+def _met(reached: bool) -> str:
+    return "met" if reached else "missed"
+
+
+def _not_measured(goal: str) -> Goal:
+    return Goal(goal, "", "not measured")
