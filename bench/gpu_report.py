@@ -106,7 +106,7 @@ def steps_of(architecture: str, work: Path, *, dry_run: bool) -> list[Step]:
         Step("ceilings", measure("ceilings"), 60),
         Step("tests", tests, 120, True),
         Step("ops", measure("ops"), 60),
-        Step("tune", measure("tune"), 80),
+        Step("tune", measure("tune"), 100),
         *(Step(name, measure(name), 100) for name in heads),
         Step("trace", traced, 60),
         Step("ncu", [*NCU, *NCU_KERNELS, *clone_step, "--dtype", DTYPE, "--steps", "1"], 60, True),

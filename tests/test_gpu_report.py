@@ -196,13 +196,15 @@ def test_a_contestant_that_fails_is_reported_and_leaves_the_rest_alone():
 
     good = gpu_contest.ours("linear_logprob")
     contestants = [
-        Contestant("late", "linear_logprob", failing(RuntimeError("CUDA error: misaligned\naddress"), after=2)),
+        Contestant("late", "linear_logprob", failing(RuntimeError("CUDA error: misaligned\naddress"), after=3)),
         Contestant("large", "linear_logprob", failing(torch.OutOfMemoryError("CUDA out of memory. Tried"), after=0)),
         Contestant("missing", "linear_logprob", lambda *_: __import__("no_such_peer")),
         good,
     ]
     late, large, missing, ours = gpu_contest.hold(contestants, SIZES, rounds=3)
     assert late["error"] == "RuntimeError: CUDA error: misaligned"
+    assert len(late["rounds"]) == 1
+    assert len(calls) == 4  # none of them in the last round
     assert large["error"] == "out of memory"
     assert missing["error"] == "ModuleNotFoundError: No module named 'no_such_peer'"
     assert [("seconds" in result) for result in (late, large, missing, ours)] == [False, False, False, True]

@@ -1,9 +1,11 @@
 """`mopo profile`: floors of hand-made sizes, workloads that do the work they claim, tables and the timeline."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from mopo_kernels import profile
@@ -82,6 +84,24 @@ def test_against_ceilings():
         " 2e+06  1e+09/s        2 ms  bytes",
         "a step takes 6 ms, 50% of the roofline, and 5 MiB beside its inputs",
     ]
+
+
+def event(name, count, *, kind, cpu=0.0, device=0.0, annotation=False):
+    times = {"self_cpu_time_total": cpu, "self_device_time_total": device}
+    return SimpleNamespace(key=name, count=count, device_type=kind, is_user_annotation=annotation, **times)
+
+
+def test_kernels_on_a_gpu_and_operators_on_a_cpu():
+    events = [
+        event("aten::mm", 6, kind=DeviceType.CPU, cpu=30.0, device=90.0),
+        event("step", 3, kind=DeviceType.CPU, cpu=300.0, annotation=True),
+        event("gemm", 6, kind=DeviceType.CUDA, device=60.0),
+        event("fold", 3, kind=DeviceType.CUDA, device=90.0),
+        event("step", 3, kind=DeviceType.CUDA, device=300.0, annotation=True),
+    ]
+    profiler = SimpleNamespace(key_averages=lambda: events)
+    assert profile.lines_of(profiler, 3, CPU) == [("aten::mm", 2.0, 1e-5)]
+    assert profile.lines_of(profiler, 3, torch.device("cuda")) == [("fold", 1.0, 3e-5), ("gemm", 2.0, 2e-5)]
 
 
 def test_the_table_ends_with_what_is_left_over():
