@@ -41,7 +41,7 @@ def poisoned():
 
 
 def owned(owner):
-    return mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: owner)
+    return mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=owner)
 
 
 def among_nan(x, padding):
@@ -102,7 +102,7 @@ def error(got, truth, floor=0.0):
 
 def check(results, inputs, transform, *, forward=2e-6, backward=2e-5):
     """Float32: within what is promised. 16 bits: at most twice as far from the truth as plain torch is, or an ulp."""
-    hidden, weight, _, coefficient, bias = inputs
+    hidden, weight, _, coefficient, _ = inputs
     truth = exact(*inputs, transform)
     # What terms that may cancel are as large as.
     slope = coefficient.norm().item() * transform.inner * transform.outer

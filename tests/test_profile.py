@@ -1,6 +1,8 @@
 """`mopo profile`: floors of hand-made sizes, workloads that do the work they claim, tables and the timeline."""
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,8 @@ from mopo_kernels import profile
 from mopo_kernels.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
 from mopo_kernels.workloads import WORKLOADS, Sizes, prepare
 
+PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
+H100 = Ceilings(gemm=989e12, copy=3.35e12)  # its data sheet, as the page says
 CPU = torch.device("cpu")
 SIZES = Sizes(rows=10, hidden_size=3, vocab=7, dtype=torch.bfloat16, device=CPU)
 PRODUCT = 2 * 10 * 3 * 7
@@ -46,6 +50,20 @@ def test_torch_counts_the_same_flops(name):
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == WORKLOADS[name].work(sizes).flops
+
+
+def test_the_derived_times_of_the_page():
+    rows = re.findall(r"^\| (\d{4}) \| (\d+) \| (\d+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert len(rows) == 9
+    for *sizes, times in rows:
+        h, v, n = map(int, sizes)
+        at = Sizes(n, h, v, torch.bfloat16, CPU)
+        forward, frozen, clone = (
+            WORKLOADS[name].work(at) for name in ("linear_logprob_forward", "frozen_head", "mopo_loss")
+        )
+        flops = [forward.flops, frozen.flops, clone.flops, 4 * forward.flops]
+        derived = [*(1e3 * x / H100.gemm for x in flops), 1e3 * clone.bytes / H100.copy]
+        assert times == " | ".join(f"{x:.2f}" for x in derived)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
