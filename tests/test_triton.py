@@ -223,17 +223,10 @@ def test_sums_of_sequences_that_begin_behind_2_to_the_31_elements():
 # ------------------------------------------------------------------------------------------------------------- batch
 
 
-@pytest.fixture(scope="module")
-def name():
-    """That of a backend on this machine's device, where Triton's kernels stand in."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield test_batch.standing_in(patch, backend)
-
-
 @pytest.mark.parametrize("case", golden("batch"))
-def test_golden_batch(name, case):
+def test_golden_batch(case):
     for policy_step in test_objective.POLICY_STEPS:
-        test_objective.test_golden_batch(case, policy_step, name)
+        test_objective.test_golden_batch(case, policy_step, "triton")
 
 
 @given(
@@ -244,25 +237,25 @@ def test_golden_batch(name, case):
     normalize=st.sampled_from(["group", "none"]),
 )
 @settings(deadline=None, max_examples=60)
-def test_objective_is_what_plain_torch_computes(name, batch, **options):
-    test_batch.assert_same(test_batch.values_of(batch, name, **options), test_batch.expected_of(batch, **options))
+def test_objective_is_what_plain_torch_computes(batch, **options):
+    test_batch.assert_same(test_batch.values_of(batch, "triton", **options), test_batch.expected_of(batch, **options))
 
 
 @given(seed=st.integers(0, 10**6), normalize=st.sampled_from(["group", "none"]))
 @settings(deadline=None, max_examples=10)
-def test_what_is_not_kept_is_neither_read_nor_counted(name, seed, normalize):
+def test_what_is_not_kept_is_neither_read_nor_counted(seed, normalize):
     batch = test_batch.random_batch(seed, [2, 3, 4, 2], kept=True, dtypes=test_batch.FLOATS)
     options = {"tau": 0.3, "eps": 0.02, "policy_step": "clone", "normalize": normalize}
-    test_batch.assert_same(test_batch.values_of(batch, name, **options), test_batch.expected_of(batch, **options))
+    test_batch.assert_same(test_batch.values_of(batch, "triton", **options), test_batch.expected_of(batch, **options))
 
 
-def test_the_largest_batch(name):
+def test_the_largest_batch():
     batch = test_batch.random_batch(0, [16] * (triton_batch.MAX_RESPONSES // 16), unlabelled=0.2)
     options = {"tau": 0.3, "eps": 0.15, "policy_step": "clone", "normalize": "group"}
-    test_batch.assert_same(test_batch.values_of(batch, name, **options), test_batch.expected_of(batch, **options))
+    test_batch.assert_same(test_batch.values_of(batch, "triton", **options), test_batch.expected_of(batch, **options))
     batch = test_batch.random_batch(0, [*[16] * (triton_batch.MAX_RESPONSES // 16), 2])
     with pytest.raises(ValueError, match=r"win_rate has 8194 responses, and the Triton kernel takes 8192: split"):
-        test_batch.values_of(batch, name, **options)
+        test_batch.values_of(batch, "triton", **options)
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
