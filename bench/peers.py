@@ -1,6 +1,7 @@
 """The peers, each behind its own entry point, in a few lines: same arguments, same result.
 
 HEADS: hidden[N, H], weight[V, H], target[N] → Σ log p(target), differentiable in hidden and weight.
+(Liger's fused linear cross-entropy is a Triton kernel and takes part where there is a GPU, in gpu_contest.py.)
 PAIRS: hidden[2P, L, H], weight, target[2P, L] (first, then second responses), ref_logp[2P] → loss of P hard pairs.
 """
 

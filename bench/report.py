@@ -5,7 +5,8 @@
 
 Per group: median seconds, and medians over the rounds of the ratios within a round: time against the first contestant,
 and the products alone (the block sizes of best median) against it. Memory is the peak above the start, outputs and
-gradients included; malloc kept what was freed, so that nobody waits for the kernel's pages.
+gradients included; malloc kept what was freed, so that nobody waits for the kernel's pages. A contestant whose warm-up
+took more than a minute was not run again: its one time stands (torch.compile's then has the compilation in it).
 """
 
 import argparse
@@ -66,6 +67,8 @@ def table(entry: dict) -> list[str]:
 
 
 def ratio(times: list[float], others: list[float]) -> float:
+    if len(times) != len(others):  # one of the two was run once
+        return median(times) / median(others)
     return median(a / b for a, b in zip(times, others, strict=True))
 
 

@@ -89,6 +89,7 @@ def token_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # [*]
     """log softmax(logits) at the target token, per row; differentiable in `logits`.
@@ -98,6 +99,9 @@ def token_logprob(
     Args:
         logits: [*, V], any floating dtype. Rows whose target is ignored are not read.
         target, temperature, softcap, ignore_index, backend: as in `linear_logprob`.
+        overwrite_logits: let the backward write the gradient over the logits, which saves a second [*, V] tensor. For
+            logits that nobody reads afterwards: an operator that saved them raises an error in its backward, as after
+            any operation in place. Without effect on the reference backend and under torch.compile.
 
     Returns:
         logp [*], natural logarithm, float32 (float64 for float64 logits), 0 where the target is ignored.
@@ -111,7 +115,9 @@ def token_logprob(
     _check_scales(temperature, softcap)
     _check_target(target, logits.shape[-1], ignore_index)
     name = backends.choose("token_logprob", logits.device.type, backend).backend
-    run = reference.token_logprob if name == "reference" else partial(token_ops.run_token_logprob, backend=name)
+    run = reference.token_logprob
+    if name != "reference":
+        run = partial(token_ops.run_token_logprob, overwrite_logits=overwrite_logits, backend=name)
     logp = run(
         logits.reshape(-1, logits.shape[-1]),
         target.reshape(-1),

@@ -1,6 +1,7 @@
 """token_logprob as torch sees it: the fold kernels on logits that exist already, one read in the forward.
 
-The backward writes its result elsewhere, so logits that another operator has saved stay as they are.
+The backward writes its result elsewhere, so logits that another operator has saved stay as they are; where the caller
+gives the logits away it overwrites them, and torch's version counter tells whoever saved them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ def run_token_logprob(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
+    overwrite_logits: bool,
     backend: str,
 ) -> Tensor:  # [N]
     """What `reference.token_logprob` computes, by the fold kernels."""
-    return token_logprob(logits, target, scales_of(temperature, softcap), ignore_index, backend)[0]
+    overwrite = overwrite_logits and not torch.compiler.is_compiling()  # a compiler plans memory itself
+    return token_logprob(logits, target, scales_of(temperature, softcap), ignore_index, overwrite, backend)[0]
 
 
 @torch.library.custom_op("mopo_kernels::token_logprob", mutates_args=())
@@ -35,6 +38,7 @@ def token_logprob(
     target: Tensor,  # [N]
     scales: list[float],
     ignore_index: int,
+    overwrite: bool,  # the logits, by the backward
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """logp[N] and lse[N] (float64), reading the logits of counted rows once."""
@@ -47,7 +51,9 @@ def token_logprob(
 
 
 @token_logprob.register_fake
-def _(logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, overwrite: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     logp = logits.new_empty(target.shape, dtype=accumulate_dtype(logits.dtype))
     return logp, logits.new_empty(target.shape, dtype=torch.float64)
 
@@ -63,10 +69,7 @@ def token_logprob_backward(
     backend: str,
 ) -> Tensor:  # [N, V]
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    coefficient = torch.where(target != ignore_index, grad_logp.double(), 0)
-    backends.fold(backend).fold_gradient(
-        _row_major(logits), target.contiguous(), lse, coefficient, transform_of(scales), out=grad
-    )
+    _fold_gradient(grad_logp, _row_major(logits), target, lse, scales, ignore_index, backend, grad)
     return grad
 
 
@@ -81,6 +84,48 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mopo_kernels::token_logprob_overwrite", mutates_args=("logits",))
+def token_logprob_overwrite(
+    grad_logp: Tensor,  # [N]
+    logits: Tensor,  # [N, V], row-major
+    target: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    scales: list[float],
+    ignore_index: int,
+    backend: str,
+) -> None:
+    """logits ← their gradient."""
+    _fold_gradient(grad_logp, logits, target, lse, scales, ignore_index, backend, None)
+
+
+@token_logprob_overwrite.register_fake
+def _(
+    grad_logp: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scales: list[float],
+    ignore_index: int,
+    backend: str,
+) -> None:
+    return None
+
+
+def _fold_gradient(
+    grad_logp: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    scales: list[float],
+    ignore_index: int,
+    backend: str,
+    out: Tensor | None,
+) -> None:
+    coefficient = torch.where(target != ignore_index, grad_logp.double(), 0)
+    transform = transform_of(scales)
+    backends.fold(backend).fold_gradient(logits, target.contiguous(), lse, coefficient, transform, out=out)
 
 
 def _row_major(logits: Tensor) -> Tensor:
@@ -103,8 +148,16 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _logits_backward(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grad = None if grad_logp is None else token_logprob_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
-    return grad, None, None, None, None
+    if grad_logp is None:
+        return (None,) * 6
+    logits, target, lse = ctx.saved_tensors
+    scales, ignore_index, overwrite, backend = ctx.options
+    if overwrite and not torch.is_grad_enabled():
+        grad = _row_major(logits.detach())
+        token_logprob_overwrite(grad_logp, grad, target, lse, scales, ignore_index, backend)
+    else:
+        grad = token_logprob_backward(grad_logp, logits, target, lse, scales, ignore_index, backend)
+    return grad, *(None,) * 5
 
 
 token_logprob.register_autograd(_logits_backward, setup_context=_save_logits)

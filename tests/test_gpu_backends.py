@@ -112,7 +112,8 @@ def test_opcheck_and_compile(backend):
     torch.library.opcheck(torch.ops.mopo_kernels.linear_logprob.default, arguments)
 
 
-def test_token_log_probs(backend):
+@pytest.mark.parametrize("overwrite", [False, True], ids=["beside", "in place"])
+def test_token_log_probs(backend, overwrite):
     if backend == "cut":
         pytest.skip("the cut kernels start from hidden states")
     logits = torch.randn(9, 77, device=DEVICE, requires_grad=True)
@@ -120,8 +121,10 @@ def test_token_log_probs(backend):
     target[3] = -100
     results = []
     for name in (backend, "reference"):
-        logp = token_logprob(logits, target, temperature=0.7, backend=name)
+        given = logits * 1
+        logp = token_logprob(given, target, temperature=0.7, overwrite_logits=overwrite, backend=name)
         results.append([logp, *torch.autograd.grad(logp, logits, torch.arange(9.0, device=DEVICE))])
+        assert torch.equal(given, logits) != (overwrite and name != "reference")
     torch.testing.assert_close(*results, rtol=2e-5, atol=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memory import measure
 from torch import nn
 
 from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from_pairs
@@ -9,6 +10,7 @@ from mopo_kernels.backends import cpu
 from mopo_kernels.fused_loss import linear_policy_loss
 from mopo_kernels.head_ops import linear_logprob as linear_op
 from mopo_kernels.token_ops import token_logprob as token_op
+from mopo_kernels.token_ops import token_logprob_overwrite
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 
@@ -41,7 +43,9 @@ def test_opcheck_of_linear_logprob(save):
 
 def test_opcheck_of_token_logprob():
     (logits,) = tensors((4, 9))
-    torch.library.opcheck(token_op, (logits, torch.tensor([1, 2, -100, 3]), SCALES, -100, "cpu"))
+    torch.library.opcheck(token_op, (logits, torch.tensor([1, 2, -100, 3]), SCALES, -100, False, "cpu"))
+    arguments = (torch.randn(4), logits.detach(), torch.tensor([1, 2, -100, 3]), torch.randn(4).double(), SCALES)
+    torch.library.opcheck(token_logprob_overwrite, (*arguments, -100, "cpu"))
 
 
 @pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
@@ -143,3 +147,52 @@ def test_token_logprob_leaves_the_logits_alone_and_reads_strided_rows():
         logp = token_logprob(logits, target, softcap=4.0, backend=backend)
         results.append([logp, *torch.autograd.grad(logp, logits, torch.arange(5.0))])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1, None, 2)], ids=["contiguous", "every other row"])
+def test_given_away_logits_hold_their_gradient_after_the_backward(rows):
+    (hidden, weight) = tensors((6, H), (V, H))
+    target = torch.tensor([0, V - 1, -100, 4, 9, 2])[rows]
+    results = []
+    for overwrite in (False, True):
+        logits = hidden @ weight.T
+        kept = logits.detach().clone()
+        logp = token_logprob(logits[rows], target, softcap=4.0, overwrite_logits=overwrite)
+        gradients = torch.autograd.grad(logp, (hidden, weight), torch.arange(1.0, 1 + len(target)))
+        results.append([logp, *gradients])
+        assert torch.equal(logits, kept) != overwrite
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_overwriting_allocates_no_second_tensor_of_logits():
+    logits = torch.randn(64, 4096).requires_grad_()
+    target = torch.zeros(64, dtype=torch.int64)
+    largest = []
+    for overwrite in (False, True):
+        loss = token_logprob(logits, target, overwrite_logits=overwrite).sum()
+        largest.append(measure(lambda loss=loss: torch.autograd.grad(loss, logits))[1])
+    assert largest[0] == 64 * 4096 * 4
+    assert largest[1] < largest[0] / 64
+
+
+def test_overwriting_what_another_operator_saved_is_an_error_not_a_wrong_gradient():
+    (logits,) = tensors((3, 7))
+    saved = logits.tanh()
+    logp = token_logprob(saved, torch.tensor([1, 2, 3]), overwrite_logits=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+    twice = token_logprob(logits * 1, torch.tensor([1, 2, 3]), overwrite_logits=True).sum()
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        twice.backward()
+
+
+def test_a_compiled_graph_overwrites_no_logits():
+    hidden, weight = tensors((6, H), (V, H))
+    target = torch.arange(6)
+
+    def loss_of(hidden):
+        return token_logprob(hidden @ weight.T, target, overwrite_logits=True).sum()
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(*(torch.autograd.grad(f(hidden), hidden)[0] for f in (compiled, loss_of)))
