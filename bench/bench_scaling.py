@@ -6,7 +6,7 @@ from bench_head import inputs
 from contest import forward_and_backward, hold
 from peers import HEADS
 
-NAMES = ["mopo, coefficients known", "mopo linear_logprob", "eager", "CCE torch_compile"]
+NAMES = ["mopo, sum", "mopo, per row", "eager", "CCE torch_compile"]
 H = 512
 CASES = (  # what grows, N, V, share of rows that count
     [("rows", n, 16384, 1.0) for n in (512, 1024, 2048, 4096)]

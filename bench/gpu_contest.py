@@ -115,6 +115,7 @@ def heads(*, compiler: str) -> list[Contestant]:
     return [
         *(ours("mopo_loss", backend) for backend in (None, "cuda", "triton", "cut")),
         *(ours("linear_logprob", backend) for backend in (None, "cuda", "triton", "cut")),
+        ours("linear_logprob_rows"),
         *(ours("linear_logprob_forward", backend) for backend in (None, "cut")),
         *(ours("frozen_head", backend) for backend in (None, "cut")),
         peer("CCE", bind=_cce("high")),

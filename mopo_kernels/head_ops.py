@@ -1,7 +1,7 @@
 """linear_logprob as torch sees it: operators over the tile engine, with fake kernels and an autograd formula.
 
 Arguments are validated and flattened by logprob.py; `backend` names a module of the fold contract. What the operators
-of a head share stands here too (fused_loss.py, token_ops.py).
+of a head share stands here too (policy_ops.py, token_ops.py).
 """
 
 from __future__ import annotations

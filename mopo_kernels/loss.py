@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import backends
-from mopo_kernels.fused_loss import PolicyTarget, fused_policy_loss
+from mopo_kernels.fused_loss import fused_policy_loss
 from mopo_kernels.head_ops import backend_for
 from mopo_kernels.logprob import check_sequences, sequence_logprob
 from mopo_kernels.objective import (
@@ -25,6 +25,7 @@ from mopo_kernels.objective import (
     mopo_weights,
     target_policy,
 )
+from mopo_kernels.policy_ops import PolicyTarget
 
 
 def mopo_loss(

@@ -7,7 +7,7 @@
 
 Where the plan says so, the cut kernels (backends/cut.py) do all of this for a block of rows, without a tile. Only rows
 that count are ever gathered. Blocks come from the planner (plan.py). Sums of gradients are float32 (float64
-for float64). Nothing here knows autograd: the operators that torch sees are in head_ops.py and fused_loss.py.
+for float64). Nothing here knows autograd: the operators that torch sees are in head_ops.py and policy_ops.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ With N rows, hidden size H, vocabulary V and s bytes an element:
 
     op                      flops   bytes
     mopo_loss               6·N·H·V   2·(N + V)·H·s      hidden and weight read, both gradients written
-    linear_logprob          6·N·H·V   2·(N + V)·H·s
+    linear_logprob          6·N·H·V   2·(N + V)·H·s      its sum
+    linear_logprob_rows     6·N·H·V   2·(N + V)·H·s      each row's, whose gradients nobody knows in the forward
     linear_logprob_forward  2·N·H·V   (N + V)·H·s
     frozen_head             4·N·H·V   (2·N + V)·H·s      hidden's gradient alone
     token_logprob           0         N·V·s              logits read once
@@ -12,7 +13,7 @@ With N rows, hidden size H, vocabulary V and s bytes an element:
     sequence_sums           0         12·N               log-probabilities and targets read
     objective               0         of N responses: labels read, results written
 
-and 12·N bytes of targets and log-probabilities more for the first six.
+and 12·N bytes of targets and log-probabilities more for the first seven.
 """
 
 from __future__ import annotations
@@ -124,6 +125,13 @@ def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Ten
 
 
 def _linear_logprob(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
+    def forward() -> Tensor:
+        return linear_logprob(hidden, weight, target, reduction="sum", backend=backend)
+
+    return forward_and_backward(forward, hidden, weight)
+
+
+def _linear_logprob_rows(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
     return forward_and_backward(lambda: linear_logprob(hidden, weight, target, backend=backend).sum(), hidden, weight)
 
 
@@ -215,7 +223,10 @@ WORKLOADS = {
         *("linear_logprob", _products(3, 2, 2), _head_inputs, _clone_step),
     ),
     "linear_logprob": Workload(
-        "forward and backward", "linear_logprob", _products(3, 2, 2), _head_inputs, _linear_logprob
+        "forward and backward of the sum", "linear_logprob", _products(3, 2, 2), _head_inputs, _linear_logprob
+    ),
+    "linear_logprob_rows": Workload(
+        "forward and backward of each row's", "linear_logprob", _products(3, 2, 2), _head_inputs, _linear_logprob_rows
     ),
     "linear_logprob_forward": Workload(
         "no gradients, as for a reference model",

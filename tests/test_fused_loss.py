@@ -8,8 +8,8 @@ from memory import measure
 
 from mopo_kernels import mopo_loss, mopo_objective
 from mopo_kernels.backends import cpu
-from mopo_kernels.fused_loss import PolicyTarget, policy_gradient
 from mopo_kernels.objective import target_policy
+from mopo_kernels.policy_ops import PolicyTarget, policy_gradient
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from_pairs
 from mopo_kernels.backends import cpu
-from mopo_kernels.fused_loss import linear_policy_loss
 from mopo_kernels.head_ops import linear_logprob as linear_op
+from mopo_kernels.policy_ops import linear_policy_loss
 from mopo_kernels.token_ops import token_logprob as token_op
 from mopo_kernels.token_ops import token_logprob_overwrite
 

@@ -26,6 +26,7 @@ PRODUCT = 2 * 10 * 3 * 7
     [
         ("mopo_loss", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
         ("linear_logprob", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
+        ("linear_logprob_rows", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
         ("frozen_head", 2 * PRODUCT, 2 * (2 * 30 + 21) + 12 * 10),
         ("linear_logprob_forward", PRODUCT, 2 * (30 + 21) + 12 * 10),
         ("token_logprob", 0, 2 * 70 + 12 * 10),
@@ -43,7 +44,9 @@ def test_every_floor_is_tested():
     assert {case[0] for case in mark.args[1]} == set(WORKLOADS)
 
 
-@pytest.mark.parametrize("name", ["mopo_loss", "linear_logprob", "frozen_head", "linear_logprob_forward"])
+@pytest.mark.parametrize(
+    "name", ["mopo_loss", "linear_logprob", "linear_logprob_rows", "frozen_head", "linear_logprob_forward"]
+)
 def test_torch_counts_the_same_flops(name):
     sizes = SIZES._replace(dtype=torch.float32)
     run = prepare(name, sizes, "reference")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import measure
 
-from mopo_kernels import linear_logprob, mopo_loss, win_rate_from_pairs
+from mopo_kernels import linear_logprob, mopo_loss, tiles, win_rate_from_pairs
 from mopo_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
@@ -232,3 +232,68 @@ def test_large_memory_is_advised_to_lie_on_huge_pages_and_keeps_what_it_holds():
         pytest.fail("the tensor's memory is not listed")
     for empty in (torch.empty(0), torch.empty(3)):
         assert cpu.on_huge_pages(empty) is empty
+
+
+# ---------------------------------------------------------------------------------------------------------- reductions
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    ignored=st.sampled_from([0.0, 0.5, 1.1]),
+    workspace=st.sampled_from([3_000, 20_000, None]),
+    reduction=st.sampled_from(["sum", "mean"]),
+    needs=st.sampled_from([(True, True), (True, False), (False, True), (False, False)]),
+    options=st.sampled_from([{}, {"softcap": 4.0, "temperature": 0.8, "logit_scale": 0.5}]),
+    seed=st.integers(0, 10**6),
+)
+def test_a_reduction_is_that_of_the_rows(rows, ignored, workspace, reduction, needs, options, seed):
+    hidden, weight, bias, target = make(rows, 7, 150, torch.float64, with_bias=True, ignored=ignored, seed=seed)
+    hidden, weight = (x.detach().requires_grad_(need) for x, need in zip((hidden, weight), needs, strict=True))
+    bias = bias.detach()
+    inputs = [x for x in (hidden, weight) if x.requires_grad]
+
+    def value_and_gradients(value):
+        return [value, *(torch.autograd.grad(3 * value, inputs) if inputs else ())]
+
+    one = linear_logprob(
+        hidden, weight, target, bias=bias, reduction=reduction, workspace_bytes=workspace, backend="cpu", **options
+    )
+    assert one.shape == ()
+    logp = linear_logprob(hidden, weight, target, bias=bias, backend="reference", **options)
+    counted = (target != -100).sum().clamp(min=1) if reduction == "mean" else 1
+    expected = value_and_gradients(logp.sum() / counted)
+    torch.testing.assert_close(value_and_gradients(one), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("reduction", "products"), [("sum", 1), ("mean", 1), ("none", 2)])
+def test_a_reduction_forms_every_logit_once(monkeypatch, reduction, products):
+    hidden, weight, _, target = make(64, 8, 3000, torch.float32, ignored=0.0)
+    formed = []
+    logits = tiles.Head.logits
+
+    def counting(head, hidden, columns, out):
+        formed.append(out.numel())
+        return logits(head, hidden, columns, out)
+
+    monkeypatch.setattr(tiles.Head, "logits", counting)
+    options = {"reduction": reduction, "backend": "cpu", "workspace_bytes": 64 * 3000 * 4 - 1}  # not all of them
+    linear_logprob(hidden, weight, target, **options).sum().backward()
+    assert sum(formed) == products * 64 * 3000
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_gradients_of_several_backwards_add_up(scale):
+    hidden, weight, _, target = make(30, 8, 90, torch.float32)
+    for _ in range(2):
+        (scale * linear_logprob(hidden, weight, target, reduction="sum", backend="cpu")).backward()
+    exact_logp = linear_logprob(hidden.double(), weight.double(), target, backend="reference").sum()
+    expected = torch.autograd.grad(2 * scale * exact_logp, (hidden, weight))
+    for x, truth in zip((hidden, weight), expected, strict=True):
+        assert relative_error(x.grad, truth) <= 2e-5
+
+
+def test_unknown_reductions_are_named():
+    hidden, weight, _, target = make(3, 4, 9, torch.float32)
+    with pytest.raises(ValueError, match="reduction must be one of none, sum, mean; got 'max'"):
+        linear_logprob(hidden, weight, target, reduction="max")
