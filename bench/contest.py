@@ -7,8 +7,8 @@ import time
 import torch
 from memory import measure
 
-ROUNDS = 5
-LONG = 60  # seconds: who needs more for the warm-up is not run again
+ROUNDS = 4
+LONG = 30  # seconds: who needs more for the warm-up is not run again
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 

@@ -6,7 +6,7 @@
 Per group: median seconds, and medians over the rounds of the ratios within a round: time against the first contestant,
 and the products alone (the block sizes of best median) against it. Memory is the peak above the start, outputs and
 gradients included; malloc kept what was freed, so that nobody waits for the kernel's pages. A contestant whose warm-up
-took more than a minute was not run again: its one time stands (torch.compile's then has the compilation in it).
+took more than half a minute was not run again: its one time stands (torch.compile's then has the compilation in it).
 """
 
 import argparse

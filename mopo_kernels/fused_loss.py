@@ -36,7 +36,6 @@ def fused_policy_loss(
     weight_grad_scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The linearised loss [], differentiable, and logp[S], which is not. The head's options are `linear_logprob`'s."""
-    weight_grad = None if weight_grad_scale is None else _own_gradient(weight, weight_grad_scale)
     check_linear(
         *(hidden, weight, target, bias),
         temperature=temperature,
@@ -45,9 +44,10 @@ def fused_policy_loss(
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,
     )
+    weight_grad = None if weight_grad_scale is None else _own_gradient(weight, weight_grad_scale)
     hidden, weight, bias = autocast(hidden, weight, bias)
     arguments = (
-        *(hidden, weight, bias, target, *labels, policy_step, average),
+        *(hidden, weight, bias, target.long(), *labels, policy_step, average),
         [x is not None and x.requires_grad for x in (hidden, weight, bias)],
         scales_of(temperature, softcap, logit_scale),
         *(ignore_index, filter_threshold(grad_filter, weight.dtype)),

@@ -44,7 +44,9 @@ def backend_for(hidden: Tensor, weight: Tensor, backend: str | None, workspace_b
     return "cut" if by_cut < by_tiles else choice.backend
 
 
-def plan_for(rows: Rows, weight: Tensor, backend: str, workspace_bytes: int, logits: Logits) -> Plan:
+def plan_for(
+    rows: Rows, weight: Tensor, backend: str, workspace_bytes: int, logits: Logits, *, filtered: bool = False
+) -> Plan:
     vocab, hidden_size = weight.shape
     if backend == "cut":
         return cut_plan(count(rows), hidden_size, weight.dtype)
@@ -57,6 +59,7 @@ def plan_for(rows: Rows, weight: Tensor, backend: str, workspace_bytes: int, log
         workspace_bytes=workspace_bytes,
         logits=logits,
         gathered=not isinstance(rows, slice),
+        filtered=filtered,
         cache_bytes=cache_of(weight.device),
     )
 
@@ -117,14 +120,20 @@ def run_linear_logprob(
     """What `reference.linear_logprob` computes, by the tile engine."""
     workspace_bytes = default_workspace(hidden.device) if workspace_bytes is None else workspace_bytes
     scales = scales_of(temperature, softcap, logit_scale)
-    save = _what_to_save(hidden, weight, bias, target, workspace_bytes, backend)
+    save = _what_to_save(hidden, weight, bias, target, grad_filter, workspace_bytes, backend)
     return linear_logprob(
         hidden, weight, bias, target, scales, ignore_index, grad_filter, workspace_bytes, save, backend
     )[0]
 
 
 def _what_to_save(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, workspace_bytes: int, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    grad_filter: float | None,
+    workspace_bytes: int,
+    backend: str,
 ) -> str:
     """What the forward leaves for the backward.
 
@@ -138,8 +147,13 @@ def _what_to_save(
         return "grad_hidden"
     if backend == "cut":
         return "nothing"
-    rows, (vocab, hidden_size), compute = target.shape[0], weight.shape, compute_for(weight, backend)
-    fits = fits_kept(rows, hidden_size, vocab, dtype=weight.dtype, compute=compute, workspace_bytes=workspace_bytes)
+    fits = fits_kept(
+        *(target.shape[0], weight.shape[1], weight.shape[0]),
+        dtype=weight.dtype,
+        compute=compute_for(weight, backend),
+        workspace_bytes=workspace_bytes,
+        filtered=grad_filter is not None,
+    )
     return "logits" if fits else "nothing"
 
 
@@ -157,8 +171,9 @@ def linear_logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp[N], lse[N] (float64) and what is saved: grad_hidden[N, H], logits[N, V] (counted rows first) or [0]."""
+    target = target.contiguous()
     rows = rows_that_count(target, ignore_index)
-    plan = plan_for(rows, weight, backend, workspace_bytes, _PLANS[save])
+    plan = plan_for(rows, weight, backend, workspace_bytes, _PLANS[save], filtered=grad_filter is not None)
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
     lse = torch.zeros_like(logp)
@@ -219,15 +234,16 @@ def linear_logprob_backward(
     workspace_bytes: int,
     backend: str,
 ) -> Gradients:
+    target = target.contiguous()
     rows = rows_that_count(target, ignore_index)
-    keep = logits.ndim == 2
-    plan = plan_for(rows, weight, backend, workspace_bytes, "kept" if keep else "recompute")
+    keep, filtered = logits.ndim == 2, grad_filter is not None
+    plan = plan_for(rows, weight, backend, workspace_bytes, "kept" if keep else "recompute", filtered=filtered)
     head = head_for(weight, bias, scales, backend, plan, grad_filter)
     parts = split(rows, plan.row_block)
     sums = GradientSum(head, hidden, needs=needs, blocks=len(parts))
     tile = logits if keep else head.tile(count(rows))
     out = logits.new_empty(count(rows), plan.column_block) if keep else None
-    coefficient = grad_logp.double()
+    coefficient = grad_logp.double().contiguous()
     for part in parts:
         sums.add(part, gather(head, hidden, part), target[part], lse[part], coefficient[part], tile, out=out)
     return present(sums.finish(bias), weight)

@@ -53,8 +53,8 @@ def linear_logprob(
             `workspace_bytes`.
         grad_filter: in (0, 1), "auto" (eps of the dtype / 32: 2^-12 for bfloat16) or None (exact gradients). The
             backward may skip blocks of rows × columns whose probabilities are all below it: approximate, opt-in.
-        workspace_bytes: bound on the temporaries, logits above all; None is 64 MiB on CPUs, 512 MiB on GPUs. More
-            makes blocks of more rows, whose products run faster.
+        workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
+            float32); None is 64 MiB on CPUs, 512 MiB on GPUs. More makes blocks of more rows, faster to multiply.
         backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
 
     Returns:
@@ -87,7 +87,7 @@ def linear_logprob(
     logp = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        target.reshape(-1),
+        target.reshape(-1).long(),
         bias=bias,
         temperature=float(temperature),
         softcap=softcap,
@@ -134,6 +134,8 @@ def token_logprob(
     """
     if logits.ndim < 1 or logits.shape[:-1] != target.shape:
         raise ValueError(f"target has shape {list(target.shape)}; logits {list(logits.shape)} need one target per row")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits have shape {list(logits.shape)}; they need at least one token")
     _check_floating(logits=logits)
     _check_scales(temperature, softcap)
     _check_target(target, logits.shape[-1], ignore_index)
@@ -143,7 +145,7 @@ def token_logprob(
         run = partial(token_ops.run_token_logprob, overwrite_logits=overwrite_logits, backend=name)
     logp = run(
         logits.reshape(-1, logits.shape[-1]),
-        target.reshape(-1),
+        target.reshape(-1).long(),
         temperature=float(temperature),
         softcap=softcap,
         ignore_index=ignore_index,
@@ -261,11 +263,14 @@ def _check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor 
     _check_floating(hidden=hidden, weight=weight)
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit: [*, H] and [V, H]")
+    if 0 in weight.shape:
+        raise ValueError(f"weight has shape {list(weight.shape)}; a head needs at least one token and one feature")
     if hidden.shape[:-1] != target.shape:
         raise ValueError(f"target has shape {list(target.shape)}; hidden {list(hidden.shape)} needs one target per row")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}; weight {list(weight.shape)} needs [{weight.shape[0]}]")
-    if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != weight.dtype:
+    is_cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
+    if hidden.dtype != weight.dtype and not is_cast:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; cast one of them")
     for name, tensor in (("weight", weight), ("target", target), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
@@ -283,6 +288,7 @@ def _check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
         raise ValueError(f"target has dtype {target.dtype}; give integer token ids")
     if torch.compiler.is_compiling() or target.numel() == 0:
         return
+    target = target.long()  # in which any ignore_index fits
     counts = target[target != ignore_index]
     bad = counts[(counts < 0) | (counts >= vocab)]
     if bad.numel():

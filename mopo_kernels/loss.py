@@ -103,6 +103,7 @@ def mopo_loss(
     check_sequences(hidden, target)
     batch = win_rate.shape[0]
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
+    index = None if index is None else index.long()
     check_ref_logp(ref_logp, policy_step, batch)
     weights = mopo_weights(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
     kept = None

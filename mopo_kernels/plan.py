@@ -96,15 +96,17 @@ def plan(
     workspace_bytes: int,
     logits: Logits,
     gathered: bool = True,
+    filtered: bool = False,
     cache_bytes: int | None = None,
 ) -> Plan:
     """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
 
     `gathered`: only some rows count, and are copied together.
+    `filtered`: grad_filter may gather columns, half of them at most, and what the products are of these.
     `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
     """
     rows = max(rows, 1)
-    size = _Bytes.of(hidden_size, dtype, compute, gathered=gathered)
+    size = _Bytes.of(hidden_size, dtype, compute, gathered=gathered, filtered=filtered)
     column_block = vocab if size.per_column == 0 else _aligned(workspace_bytes // 4 // size.per_column, vocab)
     per_row = size.per_row + vocab * size.logit
     capacity = (workspace_bytes - column_block * size.per_column) // per_row
@@ -119,10 +121,17 @@ def plan(
 
 
 def fits_kept(
-    rows: int, hidden_size: int, vocab: int, *, dtype: torch.dtype, compute: torch.dtype, workspace_bytes: int
+    rows: int,
+    hidden_size: int,
+    vocab: int,
+    *,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    workspace_bytes: int,
+    filtered: bool = False,
 ) -> bool:
     """Whether the logits of all rows fit the workspace beside what the backward needs to use them."""
-    size = _Bytes.of(hidden_size, dtype, compute)
+    size = _Bytes.of(hidden_size, dtype, compute, filtered=filtered)
     return _kept(rows, vocab, size, compute, workspace_bytes).workspace <= workspace_bytes
 
 
@@ -135,15 +144,24 @@ class _Bytes:
     logit: int
 
     @classmethod
-    def of(cls, hidden_size: int, dtype: torch.dtype, compute: torch.dtype, *, gathered: bool = True) -> _Bytes:
+    def of(
+        cls,
+        hidden_size: int,
+        dtype: torch.dtype,
+        compute: torch.dtype,
+        *,
+        gathered: bool = True,
+        filtered: bool = False,
+    ) -> _Bytes:
         accumulate = accumulate_dtype(dtype)
         panel = 0 if compute == dtype else compute.itemsize
         row = compute.itemsize if gathered or compute != dtype else 0
         row_sum = accumulate.itemsize if gathered or accumulate != dtype else 0
         product = 0 if dtype == accumulate else accumulate.itemsize
+        gathered_columns = compute.itemsize + accumulate.itemsize if filtered else 0  # twice what half of them take
         return cls(
             per_row=hidden_size * (row + row_sum),
-            per_column=hidden_size * (panel + product),
+            per_column=hidden_size * (panel + product + gathered_columns),
             logit=compute.itemsize,
         )
 

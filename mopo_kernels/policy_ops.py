@@ -5,7 +5,7 @@ of one group as well (contrast, regress). So blocks hold whole groups, and each 
 logits are still there. With w the weights, G the number of groups, n a group's size and e = logp − shift:
 
     clone     −w / G
-    contrast  (softmax_group(e) − w) / G               shift = ref_logp
+    contrast  (Σ_group w · softmax_group(e) − w) / G   shift = ref_logp
     regress   4 / ((n − 1) G) · (e − mean_group e)     shift = ref_logp + (n − 1)/n · s/τ
 
 The operator's first output is the linearisation Σ_i ∂loss/∂logp_i · logp_i: it has the loss's gradient, not its value.
@@ -53,7 +53,7 @@ def policy_gradient(logp: Tensor, target: PolicyTarget, policy_step: str) -> Ten
     groups = dense_groups(target.slot)
     error = logp - target.shift
     if policy_step == "contrast":
-        return (groups.log_softmax(error).exp() - target.weights) / target.num_groups
+        return (groups.sum(target.weights) * groups.log_softmax(error).exp() - target.weights) / target.num_groups
     centred = error - groups.sum(error) / groups.size
     return 4 / ((groups.size - 1) * target.num_groups) * centred
 
@@ -141,18 +141,18 @@ def run_policy_loss(
     """The loss, logp, and the gradients times `gradient_scale`, weight's added to `weight_sum` where that is given."""
     labels = PolicyTarget(slot, weights, shift, num_groups)
     length = target.shape[1]
-    flat_target = target.reshape(-1)
+    flat_target = target.reshape(-1).contiguous()
     rows = rows_that_count(flat_target, ignore_index)
     places = torch.arange(len(flat_target), device=target.device)
     sequence_of = places // length
     divisor = (target != ignore_index).sum(1).clamp(min=1) if average else torch.ones_like(slot)
     blocks: Sequence[Rows]
     if policy_step == "clone":
-        plan = plan_for(rows, weight, backend, workspace_bytes, "fused")
+        plan = plan_for(rows, weight, backend, workspace_bytes, "fused", filtered=grad_filter is not None)
         blocks = split(rows, plan.row_block)
     else:
         places = places[rows]
-        plan = plan_for(places, weight, backend, workspace_bytes, "fused")
+        plan = plan_for(places, weight, backend, workspace_bytes, "fused", filtered=grad_filter is not None)
         blocks = _whole_groups(places, slot[sequence_of[places]], plan.row_block)
 
     head = head_for(weight, bias, scales, backend, plan, grad_filter)

@@ -100,12 +100,13 @@ class GradientSum:
         self.head = head
         self.needs = needs_hidden, needs_weight, needs_bias
         self.accumulate = accumulate_dtype(head.weight.dtype)
-        self.hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # With one block each column is summed once, so weight's own dtype will do.
-        dtype = head.weight.dtype if blocks == 1 else self.accumulate
+        contiguous = torch.contiguous_format
+        self.hidden = torch.zeros_like(hidden, memory_format=contiguous) if needs_hidden else None
+        # With one block each column is summed once, so weight's own dtype will do; a filter takes it in stripes.
+        dtype = head.weight.dtype if blocks == 1 and head.grad_filter is None else self.accumulate
         self.weight = weight_sum
         if needs_weight and weight_sum is None and not head.plan.cut:
-            self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype))
+            self.weight = on_huge_pages(torch.empty_like(head.weight, dtype=dtype, memory_format=contiguous))
         self.bias = head.weight.new_zeros(head.vocab, dtype=self.accumulate) if needs_bias else None
         self.first = weight_sum is None  # nothing is summed yet
 
@@ -148,7 +149,7 @@ class GradientSum:
     def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The sums, in the dtypes of hidden, weight and the caller's bias."""
         if self.first and self.needs[1]:
-            self.weight = torch.zeros_like(self.head.weight)
+            self.weight = torch.zeros_like(self.head.weight, memory_format=torch.contiguous_format)
         return (
             self.hidden,
             None if self.weight is None else self.weight.to(self.head.weight.dtype),
@@ -213,7 +214,7 @@ class GradientSum:
                 panel = self.head.weight[columns].index_select(0, index).to(self.head.plan.compute)
                 _add_product(grad_hidden[rows], part, panel)
             if self.weight is not None:
-                self.weight[columns].index_add_(0, index, (part.t() @ hidden[rows]).to(self.weight.dtype))
+                self.weight[columns].index_add_(0, index, _product(part.t(), hidden[rows]).to(self.weight.dtype))
 
 
 def fused_gradients(
@@ -270,6 +271,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool 
     if total.dtype == left.dtype:
         total.addmm_(left, right, beta=0 if overwrite else 1)
     elif overwrite:
-        total.copy_(left @ right)
+        total.copy_(_product(left, right))
     else:
-        total.add_(left @ right)
+        total.add_(_product(left, right))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right in their own dtype: under autocast they have been cast as it asks for."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right

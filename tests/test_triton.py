@@ -33,7 +33,7 @@ import triton.language as tl
 from mopo_kernels.backends import triton_batch, triton_fold
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BLOCK = {dtype: triton_fold.BLOCK_BYTES // dtype.itemsize for dtype in DTYPES}  # columns
+BLOCK = {dtype: triton_fold.BLOCK_BYTES // max(4, dtype.itemsize) for dtype in DTYPES}  # columns
 PLAIN, _, CAPPED = TRANSFORMS
 PROGRAMS = [1, 3, 4096]  # wanted in all: one per row, which loops over its blocks; some; one per block
 

@@ -23,7 +23,7 @@ from mopo_kernels.backends.configuration import Configuration, recorded
 from mopo_kernels.backends.fold import Statistics, Transform
 
 ALIGN = 16  # elements: 16 bytes or more of any dtype
-BLOCK_BYTES = 16384  # of logits in flight per program: 4 vectors of 16 bytes for each of 256 threads
+BLOCK_BYTES = 16384  # of a block as arithmetic sees it, float32 or float64: 64 for each of 256 threads, more spills
 ENOUGH_PROGRAMS = 4096  # for the largest GPU to be busy to the end of its last wave
 PARTS_BLOCK = 128  # partial results combined at a time
 PEAKS_ROWS, PEAKS_COLUMNS = 8, 128
@@ -346,7 +346,7 @@ def fold_peaks(tile: Tensor, lse: Tensor, transform: Transform, *, block: int, b
             WORK=_work(tile),
             BLOCK_N=PEAKS_ROWS,
             BLOCK_V=PEAKS_COLUMNS,
-            num_warps=4,
+            **OPTIONS,
         )
     return peaks
 
@@ -365,7 +365,7 @@ def _parts(tile: Tensor) -> tuple[int, int, int]:
     Few long rows get enough programs to fill the GPU. Shapes alone decide, so that sums run in the same order anywhere.
     """
     rows, columns = tile.shape
-    block_v = BLOCK_BYTES // tile.element_size()
+    block_v = BLOCK_BYTES // max(4, tile.element_size())
     in_row = triton.cdiv(columns + ALIGN - 1, block_v)
     blocks = triton.cdiv(in_row, min(in_row, triton.cdiv(ENOUGH_PROGRAMS, rows)))
     return block_v, triton.cdiv(in_row, blocks), blocks
