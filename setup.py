@@ -76,15 +76,19 @@ class BuildKernels(build_ext):
 
     def build_cuda(self, ext: Extension) -> None:
         """Compile and link in one call of nvcc, which brings the CUDA runtime along as a static library."""
-        module = Path(self.get_ext_fullpath(ext.name))
-        if not self.force and not newer_group([*ext.sources, *ext.depends], str(module)):
-            return
-        module.parent.mkdir(parents=True, exist_ok=True)
+        module, done = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "cuda.command"
         includes = [f"-I{path}" for path in [*ext.include_dirs, *self.include_dirs]]
         command = [*ext.extra_compile_args, *includes, *ext.sources, "-shared", "-o", str(module)]
+        is_same = done.exists() and done.read_text() == " ".join(command)  # architectures too
+        if is_same and not self.force and not newer_group([*ext.sources, *ext.depends], str(module)):
+            return
+        module.parent.mkdir(parents=True, exist_ok=True)
+        done.unlink(missing_ok=True)
         print(*command)
         if subprocess.run(command).returncode != 0:
             raise CompileError("nvcc could not build the CUDA kernels; its messages stand above")
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(" ".join(command))
 
 
 def extensions() -> list[Extension]:

@@ -211,13 +211,19 @@ def test_float64_is_refused():
 
 def test_tf32_is_used_where_torch_may():
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
+    before = matmul.fp32_precision
     try:
-        for matmul.allow_tf32, precision in ((False, "ieee"), (True, "tf32")):
+        for name, setting, precision in [
+            ("allow_tf32", False, "ieee"),
+            ("allow_tf32", True, "tf32"),
+            ("fp32_precision", "ieee", "ieee"),
+            ("fp32_precision", "tf32", "tf32"),
+        ]:
+            setattr(matmul, name, setting)
             assert cut_tile.dot_precision(torch.float32) == precision
             assert cut_tile.dot_precision(torch.bfloat16) == "ieee"
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("blocks", [(64, 32), (32, 64)])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import measure
+from test_tiles import counted_logits
 
 from mopo_kernels import mopo_loss, mopo_objective
 from mopo_kernels.backends import cpu
@@ -44,10 +45,13 @@ def test_policy_gradient_is_the_derivative_of_the_objective(policy_step):
     workspace=st.integers(1, 60_000),
     policy_step=st.sampled_from(STEPS),
     average=st.booleans(),
+    normalize=st.sampled_from(["group", "none"]),
     ignored=st.sampled_from([0.0, 0.4, 0.9]),
     seed=st.integers(0, 10**6),
 )
-def test_any_blocks_give_the_gradients_of_the_reference(sizes, length, workspace, policy_step, average, ignored, seed):
+def test_any_blocks_give_the_gradients_of_the_reference(
+    sizes, length, workspace, policy_step, average, normalize, ignored, seed
+):
     batch = labels(sizes, seed=seed)
     sequences = sum(sizes)
     generator = torch.Generator().manual_seed(seed)
@@ -57,6 +61,7 @@ def test_any_blocks_give_the_gradients_of_the_reference(sizes, length, workspace
     target = torch.randint(0, 140, (sequences, length), generator=generator)
     target[torch.rand(target.shape, generator=generator) < ignored] = -100
     options = {"tau": 0.3, "eps": 0.01, "policy_step": policy_step, "average": average, "bias": bias}
+    options["normalize"] = normalize
     options["ref_logp"] = torch.randn(sequences, generator=generator, dtype=torch.float64)
     results = []
     for backend in ("cpu", "reference"):
@@ -65,6 +70,50 @@ def test_any_blocks_give_the_gradients_of_the_reference(sizes, length, workspace
         gradients = torch.autograd.grad(output.loss, (hidden, weight, bias), torch.tensor(0.5, dtype=torch.float64))
         results.append([output.loss, output.logp, *gradients])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("policy_step", STEPS)
+def test_a_group_of_more_rows_than_a_block_has(policy_step):
+    batch = labels([3])
+    hidden = torch.randn(3, 60, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(140, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 140, (3, 60))
+    results = []
+    for options in ({"backend": "cpu", "workspace_bytes": 80 * 140 * 8}, {"backend": "reference"}):
+        output = mopo_loss(
+            *(hidden, weight, target, *batch), tau=0.3, policy_step=policy_step, ref_logp=torch.zeros(3), **options
+        )
+        results.append([output.loss, *torch.autograd.grad(output.loss, (hidden, weight))])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("policy_step", STEPS)
+def test_groups_that_fit_a_block_have_their_logits_formed_once(policy_step, monkeypatch):
+    batch = labels([2, 2, 2, 2])
+    hidden, weight = torch.randn(8, 30, 5, requires_grad=True), torch.randn(140, 5, requires_grad=True)
+    target = torch.randint(0, 140, (8, 30))
+    formed = counted_logits(monkeypatch)
+    options = {
+        "policy_step": policy_step,
+        "ref_logp": torch.zeros(8),
+        "min_weight": 0,
+        "workspace_bytes": 150 * 140 * 4,
+    }
+    mopo_loss(hidden, weight, target, *batch, tau=0.3, backend="cpu", **options).loss.backward()
+    assert len(formed) > 1
+    assert sum(formed) == 8 * 30 * 140
+
+
+def test_a_frozen_heads_gradient_is_never_formed():
+    batch = labels([2, 2])
+    hidden, weight = torch.randn(4, 3, 8, requires_grad=True), torch.randn(3000, 8)
+    target = torch.randint(0, 3000, (4, 3))
+    _, largest = measure(
+        lambda: mopo_loss(
+            hidden, weight, target, *batch, tau=0.3, workspace_bytes=20_000, backend="cpu"
+        ).loss.backward()
+    )
+    assert largest < weight.numel() * 4 / 2
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)], ids=["frozen head", "frozen model"])

@@ -97,8 +97,34 @@ def test_autocast_decides_the_dtype_of_the_products():
     expected = linear_logprob(hidden.bfloat16(), weight.bfloat16(), target)
     assert logp.dtype == torch.float32
     assert torch.equal(logp, expected)
-    gradients = torch.autograd.grad(logp.sum(), (hidden, weight))
-    assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+    assert [g.dtype for g in torch.autograd.grad(logp.sum(), (hidden, weight))] == [torch.float32, torch.float32]
+
+
+def test_autocast_leaves_the_products_alone(monkeypatch):
+    """Panels are float32 so that sums are not of 16 bits: autocast, which would cast them back, is off in there."""
+    monkeypatch.setattr(cpu, "WIDENED", frozenset({torch.bfloat16}))
+    hidden, weight = tensors((S * L, H), (V, H))
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            inputs = (hidden, weight) if enabled else (hidden.bfloat16(), weight.bfloat16())
+            options = {"reduction": "sum", "workspace_bytes": 2**14}  # several blocks
+            loss = linear_logprob(*inputs, targets().flatten().clamp(min=0), **options)
+            results.append(torch.autograd.grad(loss, (hidden, weight)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_opcheck_of_column_major_tensors():
+    """Fake kernels say what strides results have; torch.compile relies on it."""
+    hidden, weight = (torch.randn(H, n).t().requires_grad_() for n in (S * L, V))
+    target = targets().flatten().clamp(min=0)
+    for save in ("logits", "nothing"):
+        arguments = (hidden, weight, None, target, SCALES, -100, None, 2**20, save, "cpu")
+        torch.library.opcheck(linear_op, arguments)
+    ones = torch.ones(1, dtype=torch.float64)
+    labels = (torch.zeros(1, dtype=torch.int64), ones, ones, ones[0])
+    options = ("clone", False, [True, True, False], SCALES, -100, None, 2**20, "cpu", False)
+    torch.library.opcheck(linear_policy_loss, (hidden[None], weight, None, target[None], *labels, *options))
 
 
 @pytest.mark.parametrize("what", ["linear", "frozen head", "token", "loss"])

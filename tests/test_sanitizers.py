@@ -16,17 +16,22 @@ ISA_FLAGS = {
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-omit-frame-pointer"]
 
 
+FOLD = ["fold.cpp", "fold_portable.cpp", *ISA_FLAGS, "tests/fold_test.cpp"]
+BATCH = ["batch.cpp", "tests/batch_test.cpp"]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("sources", [FOLD, BATCH], ids=["fold", "batch"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds the x86 kernels")
-def test_the_kernels_run_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+def test_the_kernels_run_clean_under_address_and_undefined_behaviour_sanitizers(sources, tmp_path):
     objects = []
-    for source in ["fold.cpp", "fold_portable.cpp", *ISA_FLAGS, "tests/fold_test.cpp"]:
+    for source in sources:
         target = tmp_path / (Path(source).stem + ".o")
         flags = [*FLAGS, *SANITIZERS, *ISA_FLAGS.get(source, [])]
         subprocess.run(["g++", *flags, "-c", str(SOURCES / source), "-o", str(target)], check=True)
         objects.append(str(target))
-    program = tmp_path / "fold_test"
+    program = tmp_path / "kernels"
     subprocess.run(["g++", *SANITIZERS, *objects, "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

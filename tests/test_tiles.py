@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import measure
 
-from mopo_kernels import linear_logprob, mopo_loss, tiles, win_rate_from_pairs
+from mopo_kernels import linear_logprob, mopo_loss, tiles, token_logprob, win_rate_from_pairs
 from mopo_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
@@ -199,7 +199,12 @@ def test_runs_agree_bitwise_and_thread_counts_to_rounding(policy_step):
 
 
 @pytest.mark.parametrize("likely", [250, 1500], ids=["few blocks: gathered", "most blocks: others zeroed"])
-def test_grad_filter_matches_the_reference_and_skips_what_it_says(likely):
+def test_grad_filter_matches_the_reference_and_skips_what_it_says(likely, monkeypatch):
+    gathered, filtered_products = [], tiles.GradientSum._filtered_products
+    monkeypatch.setattr(
+        *(tiles.GradientSum, "_filtered_products"),
+        lambda *arguments: gathered.append(1) or filtered_products(*arguments),
+    )
     hidden, weight, bias, target = make(200, 4, 2000, torch.float64, ignored=0.0, with_bias=True)
     bias = bias.detach().index_fill(0, torch.arange(likely, 2000), -18.0).requires_grad_()
     upstream = torch.randn(200, dtype=torch.float64)
@@ -214,6 +219,26 @@ def test_grad_filter_matches_the_reference_and_skips_what_it_says(likely):
     assert (ours[2][unlikely] == 0).all()
     assert (everything[2][unlikely] != 0).all()
     assert all(relative_error(a, b) < 1e-3 for a, b in zip(ours, everything, strict=True))
+    assert bool(gathered) == (likely == 250)
+
+
+def test_memory_and_accuracy_under_grad_filter():
+    n, h, v, workspace = 512, 32, 8192, 2**20
+    hidden, weight, bias, target = make(n, h, v, torch.bfloat16, ignored=0.0, with_bias=True)
+    bias = bias.detach().index_fill(0, torch.arange(v * 2 // 5, v), -18.0)
+    target %= v // 3
+
+    def gradients(grad_filter):
+        loss = linear_logprob(
+            hidden, weight, target, bias=bias, reduction="sum", grad_filter=grad_filter, workspace_bytes=workspace
+        )
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    peak, _ = measure(lambda: gradients(1e-6))
+    assert peak <= 1.1 * (workspace + 2 * n * h + (4 + 2) * v * h)
+    truth = exact((hidden, weight, bias), target, torch.ones(n))[1:3]
+    for filtered, all_of_them, expected in zip(gradients(1e-6), gradients(None), truth, strict=True):
+        assert relative_error(filtered, expected) <= 1.2 * relative_error(all_of_them, expected)
 
 
 def test_large_memory_is_advised_to_lie_on_huge_pages_and_keeps_what_it_holds():
@@ -266,20 +291,83 @@ def test_a_reduction_is_that_of_the_rows(rows, ignored, workspace, reduction, ne
     torch.testing.assert_close(value_and_gradients(one), expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("reduction", "products"), [("sum", 1), ("mean", 1), ("none", 2)])
-def test_a_reduction_forms_every_logit_once(monkeypatch, reduction, products):
-    hidden, weight, _, target = make(64, 8, 3000, torch.float32, ignored=0.0)
-    formed = []
-    logits = tiles.Head.logits
+def counted_logits(monkeypatch):
+    """A list that gets the size of every product of hidden and weight from now on."""
+    formed, logits = [], tiles.Head.logits
 
     def counting(head, hidden, columns, out):
         formed.append(out.numel())
         return logits(head, hidden, columns, out)
 
     monkeypatch.setattr(tiles.Head, "logits", counting)
-    options = {"reduction": reduction, "backend": "cpu", "workspace_bytes": 64 * 3000 * 4 - 1}  # not all of them
+    return formed
+
+
+@pytest.mark.parametrize(
+    ("reduction", "room", "frozen", "times"),
+    [
+        ("sum", 0.99, False, 1),
+        ("mean", 0.99, False, 1),
+        ("none", 0.99, False, 2),
+        ("none", 1.5, False, 1),  # kept
+        ("none", 0.99, True, 1),  # LoRA: hidden's gradient needs only to be scaled row by row
+    ],
+)
+def test_how_often_logits_are_formed(monkeypatch, reduction, room, frozen, times):
+    hidden, weight, _, target = make(64, 8, 3000, torch.float32, ignored=0.0)
+    weight.requires_grad_(not frozen)
+    formed = counted_logits(monkeypatch)
+    options = {"reduction": reduction, "backend": "cpu", "workspace_bytes": int(room * 64 * 3000 * 4)}
     linear_logprob(hidden, weight, target, **options).sum().backward()
-    assert sum(formed) == products * 64 * 3000
+    assert sum(formed) == times * 64 * 3000
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.arange(24)[::2],
+        torch.arange(12).flip(0).int(),
+        torch.arange(12).to(torch.uint8),
+        torch.tensor([3]).expand(12),
+        torch.arange(24, dtype=torch.int16)[::2],
+    ],
+    ids=["every other", "int32", "uint8", "expanded", "int16, every other"],
+)
+def test_targets_of_any_integers_and_strides(target, reduction):
+    """And an upstream gradient of stride 0, which .sum() gives."""
+    hidden, weight, _, _ = make(12, 7, 60, torch.float64)
+    results = []
+    for backend, ids in (("cpu", target), ("reference", target.long().contiguous())):
+        total = linear_logprob(hidden, weight, ids, reduction=reduction, backend=backend).sum()
+        results.append([total, *torch.autograd.grad(total, (hidden, weight))])
+        logits = (hidden @ weight.T).detach()
+        results[-1].append(token_logprob(logits, ids, backend=backend))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("vocab", [129, 257, 385])
+def test_a_last_block_of_one_column(vocab):
+    hidden, weight, _, target = make(9, 5, vocab, torch.float64, ignored=0.0)
+    target[0] = vocab - 1
+    inputs, upstream = (hidden, weight, None), torch.randn(9, dtype=torch.float64)
+    ours = values_and_gradients(inputs, target, upstream, "cpu", workspace_bytes=20_000)
+    torch.testing.assert_close(ours, exact(inputs, target, upstream), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.2], ids=["slices", "gathered"])
+def test_sums_over_many_column_blocks_are_rounded_once(ignored, monkeypatch):
+    monkeypatch.setattr(cpu, "WIDENED", frozenset({torch.bfloat16}))
+    hidden, weight, _, target = make(40, 16, 8000, torch.bfloat16, ignored=ignored)
+    inputs, upstream = (hidden, weight, None), torch.randn(40)
+    truth = exact(inputs, target, upstream)[1]
+    (ours,) = values_and_gradients(inputs, target, upstream, "cpu", workspace_bytes=60_000)[1:2]
+    assert relative_error(ours, truth) <= 1.1 * relative_error(truth.bfloat16(), truth)
+
+
+def test_rows_that_all_count_are_a_slice():
+    assert tiles.rows_that_count(torch.arange(5), -100) == slice(0, 5)
+    assert tiles.rows_that_count(torch.tensor([1, -100, 2]), -100).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])

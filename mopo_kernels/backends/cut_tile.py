@@ -39,7 +39,7 @@ TILES_OF_16_BITS = {
     "statistics": [(128, 128, 64, 8), (64, 256, 64, 8), (128, 128, 32, 8), (128, 64, 64, 4), (64, 128, 64, 4)],
     "gradients": [(128, 64, 64, 8), (64, 128, 64, 8), (128, 64, 32, 8), (64, 64, 64, 4)],
     "grad_hidden": [(128, 64, 64, 8), (64, 128, 64, 8), (128, 64, 32, 8), (64, 128, 32, 4), (64, 64, 32, 4)],
-    "grad_weight": [(128, 64, 64, 8), (64, 128, 64, 8), (64, 128, 32, 4), (64, 64, 64, 4)],
+    "grad_weight": [(128, 64, 64, 8), (64, 128, 64, 8), (64, 64, 64, 4)],
 }
 TILES_OF_32_BITS = {
     "statistics": [(128, 128, 16, 8), (128, 64, 32, 8), (64, 64, 32, 4), (64, 64, 16, 4)],
@@ -85,7 +85,7 @@ def candidates(kernel: str, dtype: torch.dtype) -> list[Blocks]:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """What tl.dot multiplies float32 in; 16 bits are multiplied exactly."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def parts_of(column_blocks: int, wanted: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from mopo_kernels.backends.configuration import Configuration, recorded
 from mopo_kernels.backends.fold import Statistics, Transform
 
 ALIGN = 16  # elements: 16 bytes or more of any dtype
-BLOCK_BYTES = 16384  # of a block as arithmetic sees it, float32 or float64: 64 for each of 256 threads, more spills
+BLOCK_BYTES = 8192  # of a block as arithmetic sees it, float32 or float64: 32 for each of 256 threads; 64 spill
 ENOUGH_PROGRAMS = 4096  # for the largest GPU to be busy to the end of its last wave
 PARTS_BLOCK = 128  # partial results combined at a time
 PEAKS_ROWS, PEAKS_COLUMNS = 8, 128
