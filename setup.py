@@ -120,12 +120,16 @@ def cuda_extensions() -> list[Extension]:
         print(f"mopo_kernels._cuda is left out: {why_not}", file=sys.stderr)
         return []
     nvcc = find_nvcc()
+    names = architectures(nvcc)
     extension = Extension(
         "mopo_kernels._cuda",
         [*CUDA_SOURCES, "csrc/cuda/bindings.cpp"],
         depends=[*SHARED_HEADERS, *sorted(str(path) for path in Path("csrc/cuda").glob("*h"))],
         include_dirs=[pybind11.get_include()],
-        extra_compile_args=[nvcc, *NVCC_FLAGS, "--threads=0", *code_generation(architectures(nvcc))],
+        extra_compile_args=[
+            *(nvcc, *NVCC_FLAGS, "--threads=0", f'-DMOPO_CUDA_ARCHS="{",".join(names)}"'),
+            *code_generation(names),
+        ],
     )
     extension.optional = choice != "1" and os.environ.get("MOPO_REQUIRE_KERNELS") != "1"
     return [extension]

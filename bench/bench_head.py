@@ -53,10 +53,11 @@ def products_alone(hidden, weight, rows, columns, logits=1):
     def run():
         for first in range(0, n, rows):
             block = hidden[first : first + rows]
+            part, grad_part = tile[: len(block)], grad_hidden[: len(block)]
             for c in blocks * logits:
-                torch.mm(block, weight[c].t(), out=tile[:, c])
+                torch.mm(block, weight[c].t(), out=part[:, c])
             for c in blocks:
-                grad_hidden.addmm_(tile[:, c], weight[c], beta=0 if c.start == 0 else 1)
-                grad_weight[c].addmm_(tile[:, c].t(), block, beta=0 if first == 0 else 1)
+                grad_part.addmm_(part[:, c], weight[c], beta=0 if c.start == 0 else 1)
+                grad_weight[c].addmm_(part[:, c].t(), block, beta=0 if first == 0 else 1)
 
     return run

@@ -144,7 +144,7 @@ def assert_same(values, expected):
     policy_step=st.sampled_from(STEPS),
     normalize=st.sampled_from(["group", "none"]),
 )
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=30 if torch.cuda.is_available() else 300)  # Triton compiles most examples anew
 def test_objective_is_what_plain_torch_computes(fast_backend, batch, **options):
     # Equal labels give ratios that differ by rounding alone, much of it without normalisation, and χ is their spread.
     assume(options["normalize"] == "group" or batch[1].nan_to_num(nan=0.5).unique().numel() > 1)

@@ -9,10 +9,12 @@ import importlib.util
 import itertools
 import math
 import mmap
+import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -51,7 +53,11 @@ def emulated(tmp_path_factory):
     includes = ["csrc/cuda/emulation", pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*BUILD["CUDA_SOURCES"], "csrc/cuda/bindings.cpp"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-U_FORTIFY_SOURCE", *(f"-I{path}" for path in includes)]  # fortified longjmp keeps to one stack
+    flags += [
+        '-DMOPO_CUDA_ARCHS="8.0,9.0a"',
+        "-U_FORTIFY_SOURCE",
+        *(f"-I{path}" for path in includes),
+    ]  # fortified longjmp keeps to one stack
     # A 16-byte access that is not aligned stops the process, as it would stop a GPU.
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", str(module)], cwd=ROOT, check=True)
@@ -440,7 +446,48 @@ def test_nvcc_must_not_be_newer_than_torch(monkeypatch, version, built):
     (extension,) = build_script(monkeypatch, MOPO_BUILD_CUDA="1", MOPO_CUDA_ARCHS="8.9")["cuda_extensions"]()
     assert not extension.optional
     assert [x for x in extension.extra_compile_args if "gencode" in x] == ["-gencode=arch=compute_89,code=sm_89"]
+    assert '-DMOPO_CUDA_ARCHS="8.9"' in extension.extra_compile_args
     assert build_script(monkeypatch, MOPO_BUILD_CUDA="0")["cuda_extensions"]() == []
+
+
+@needs_nvcc
+def test_the_extension_knows_its_architectures_and_is_built_again_for_others(tmp_path):
+    def build(architectures):
+        command = [
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            "--build-lib",
+            str(tmp_path),
+            "--build-temp",
+            f"{tmp_path}/t",
+        ]
+        environment = os.environ | {"MOPO_BUILD_CUDA": "1", "MOPO_CUDA_ARCHS": architectures}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        (module,) = (tmp_path / "mopo_kernels").glob("_cuda*")
+        return module.read_bytes(), module.stat().st_mtime_ns
+
+    first, written = build("9.0a")
+    assert b"9.0a\0" in first
+    assert build("9.0a")[1] == written
+    assert b"8.0+PTX\0" in build("8.0+PTX")[0]
+
+
+def test_code_runs_on_gpus_of_its_architecture_and_ptx_on_later_ones(monkeypatch):
+    fits = {"8.0": [(8, 0), (8, 6)], "8.6": [(8, 6)], "9.0a": [(9, 0)], "12.0+PTX": [(12, 0), (12, 1), (13, 0)]}
+    for name, gpus in fits.items():
+        every = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0), (12, 1), (13, 0)]
+        assert [gpu for gpu in every if cuda.runs_on(name, gpu)] == gpus
+    monkeypatch.setattr(cuda, "ARCHITECTURES", ("8.0", "9.0a"))
+    monkeypatch.setattr(cuda, "UNAVAILABLE", "")
+    cuda.unfit_for.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=r'built for 8\.0, 9\.0a and this GPU is 7\.5.*MOPO_CUDA_ARCHS="7\.5"'):
+        backends.choose("objective", "cuda", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert backends.choose("objective", "cuda", "cuda").backend == "cuda"
+    cuda.unfit_for.cache_clear()
 
 
 @pytest.mark.skipif(not UNAVAILABLE, reason="the extension is built")

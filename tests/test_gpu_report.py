@@ -56,6 +56,13 @@ def dry_run(tmp_path_factory):
     return copy, before, report, (output / "report.md").read_text()
 
 
+def test_a_python_that_cannot_measure_is_an_error_and_no_dry_run(monkeypatch, tmp_path):
+    failing = [sys.executable, "-c", "raise ImportError('no triton')"]
+    monkeypatch.setattr(gpu_report, "_measure", lambda *_, **__: failing)
+    with pytest.raises(SystemExit, match="cannot run the measurements: ImportError: no triton"):
+        gpu_report.begin(gpu_report._parser().parse_args([]), time.monotonic() + 60, tmp_path)
+
+
 def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

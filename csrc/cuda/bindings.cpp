@@ -62,6 +62,7 @@ void fused_objective(int64_t responses, int64_t objectives, const Tensor& logp, 
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Kernels of the CUDA backend (csrc/cuda/fold.h, csrc/cuda/batch.h).";
+    m.attr("ARCHITECTURES") = MOPO_CUDA_ARCHS;  // of setup.py
     m.def("statistics_scratch", [](int64_t rows, int64_t columns, const std::string& dtype) {
         return statistics_scratch(rows, columns, dtype_of(dtype));
     });

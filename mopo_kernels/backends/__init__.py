@@ -94,6 +94,8 @@ def _unavailable(backend: str, device: str, dtype: torch.dtype = torch.float32) 
     module = BACKENDS[backend]
     if module.UNAVAILABLE:
         return str(module.UNAVAILABLE)
+    if module is cuda and device == "cuda" and torch.cuda.is_available():
+        return cuda.unfit_for(torch.cuda.get_device_capability())
     if module in (triton, cut) and device == "cpu" and not triton.INTERPRETED:
         return "Triton kernels run on CPU tensors only where TRITON_INTERPRET=1"
     if module is cut and dtype == torch.float64:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +25,31 @@ except ImportError as error:
 else:
     UNAVAILABLE = ""
 
+ARCHITECTURES = () if _cuda is None else tuple(_cuda.ARCHITECTURES.split(","))  # compute capabilities, "12.0+PTX"
 WIDENED: frozenset[torch.dtype] = frozenset()  # tensor cores multiply 16-bit inputs as they are
+
+
+@cache
+def unfit_for(capability: tuple[int, int]) -> str:
+    """Why the kernels, as they were built, do not run on a GPU of this compute capability, or nothing."""
+    if any(runs_on(name, capability) for name in ARCHITECTURES):
+        return ""
+    gpu = "{}.{}".format(*capability)
+    return (
+        f"the CUDA kernels are built for {', '.join(ARCHITECTURES)} and this GPU is {gpu}: "
+        f'reinstall with MOPO_CUDA_ARCHS="{gpu}"'
+    )
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Code for 8.0 runs on all 8.x from there on, for 9.0a on 9.0 alone, and PTX on whatever is newer."""
+    match = re.fullmatch(r"(\d+)\.(\d)(a?)f?(\+PTX)?", architecture)
+    if match is None:
+        return False
+    built = int(match[1]), int(match[2])
+    if match[3]:
+        return capability == built
+    return capability >= built and (capability[0] == built[0] or bool(match[4]))
 
 
 def fold_statistics(
