@@ -52,7 +52,11 @@ def linear_logprob(
             "none" a trainable head's logits are formed again in the backward, 8·N·H·V, unless all of them, N × V, fit
             `workspace_bytes`.
         grad_filter: in (0, 1), "auto" (eps of the dtype / 32: 2^-12 for bfloat16) or None (exact gradients). The
-            backward may skip blocks of rows × columns whose probabilities are all below it: approximate, opt-in.
+            backward may skip blocks of 128 × 128 logits whose probabilities are all below it: approximate, opt-in.
+            Measured with SmolLM2-135M on HH-RLHF text (1024 tokens × 49152, float32, CPU): at 2^-12 96% of the blocks
+            stay, the gradients of hidden and weight are off by 1e-3 and 2e-4, and no time is saved; at 2^-8 43%, 4e-2
+            and 8e-3, and hardly any. With the vocabulary ordered by mean logit 81% and 36% stay, errors are alike,
+            and the second saves a fifth. So: for large, peaked models, whose blocks are emptier.
         workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
             float32); None is 64 MiB on CPUs, 512 MiB on GPUs. More makes blocks of more rows, faster to multiply.
         backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
