@@ -1,12 +1,13 @@
 """pytest-benchmark's JSON as a Markdown table and plots:
 
-    make bench                                        (or pytest bench … --benchmark-json results.json)
+    make bench                                             does both steps, into runs/bench
     python bench/report.py results.json … bench/results/cpu
 
 Per group: median seconds, and medians over the rounds of the ratios within a round: time against the first contestant,
 and the products alone (the block sizes of best median) against it. Memory is the peak above the start, outputs and
-gradients included; malloc kept what was freed, so that nobody waits for the kernel's pages. A contestant whose warm-up
-took more than half a minute was not run again: its one time stands (torch.compile's then has the compilation in it).
+gradients included, of what torch allocates (what the vendor's GEMM packs is not in it); malloc kept what was freed, so
+that nobody waits for the kernel's pages. A contestant whose warm-up took more than half a minute was not run again: its
+one time stands (torch.compile's then has the compilation in it).
 """
 
 import argparse
@@ -32,7 +33,8 @@ def main() -> None:
     lines = heading(results)
     entries = [entry for result in results for entry in result["benchmarks"]]
     scaling = [entry for entry in entries if "axis" in entry["extra_info"]]
-    contests = [entry for entry in entries if entry not in scaling]
+    contests = [entry for entry in entries if entry not in scaling and "seconds" in entry["extra_info"]]
+    alone = [entry for entry in entries if "seconds" not in entry["extra_info"]]
     if contests:
         plot_contests(contests, options.output / "contests.png")
         lines += ["", "![time and memory of every contestant](contests.png)"]
@@ -41,6 +43,9 @@ def main() -> None:
     if scaling:
         plot_scaling(scaling, options.output / "scaling.png")
         lines += ["", "![time and memory against rows, vocabulary and the share of rows that count](scaling.png)"]
+    if alone:
+        lines += ["", "## without peers", "", "| | seconds |", "|---|---|"]
+        lines += [f"| {entry['name']} | {entry['stats']['median']:.3f} |" for entry in alone]
     (options.output / "report.md").write_text("\n".join(lines) + "\n")
 
 
