@@ -60,7 +60,7 @@ def plan_for(
         logits=logits,
         gathered=not isinstance(rows, slice),
         filtered=filtered,
-        cache_bytes=cache_of(weight.device),
+        cache_bytes=cache_of(weight.device, logits),
     )
 
 

@@ -124,7 +124,8 @@ def token_logprob(
     For models that hand out logits only; `linear_logprob` needs far less memory where the hidden states can be had.
 
     Args:
-        logits: [*, V], any floating dtype. Rows whose target is ignored are not read.
+        logits: [*, V], any floating dtype. Rows whose target is ignored are not read. Leading dimensions that do not
+            collapse, as those of logits[:, :-1], cost a copy: ignore the last position's target instead.
         target, temperature, softcap, ignore_index, backend: as in `linear_logprob`.
         overwrite_logits: let the backward write the gradient over the logits, which saves a second [*, V] tensor. For
             logits that nobody reads afterwards: an operator that saved them raises an error in its backward, as after

@@ -8,21 +8,23 @@ loss        clone, contrast or regress               (mopo_objective)
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mopo_kernels import backends
+from mopo_kernels.checks import check_choice
 from mopo_kernels.fused_loss import fused_policy_loss
 from mopo_kernels.head_ops import backend_for
 from mopo_kernels.logprob import check_sequences, sequence_logprob
 from mopo_kernels.objective import (
     MOPOOutput,
+    Normalize,
     PolicyStep,
+    check_batch,
     check_ref_logp,
     mopo_objective,
-    mopo_weights,
     target_policy,
 )
 from mopo_kernels.policy_ops import PolicyTarget
@@ -42,7 +44,7 @@ def mopo_loss(
     lag_log_ratio: Tensor | None = None,  # [B]
     policy_step: PolicyStep = "clone",
     primary: int = 0,
-    normalize: Literal["group", "none"] = "group",
+    normalize: Normalize = "group",
     min_weight: float = 1e-5,
     index: Tensor | None = None,  # [S]
     average: bool = False,
@@ -105,10 +107,12 @@ def mopo_loss(
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
     index = None if index is None else index.long()
     check_ref_logp(ref_logp, policy_step, batch)
-    weights = mopo_weights(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
+    check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
+    check_choice("normalize", normalize, get_args(Normalize))
+    policy = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
     kept = None
     if policy_step == "clone":
-        kept = weights > min_weight
+        kept = policy.weights > min_weight
         if index is not None:
             kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
         here = kept if index is None else kept[index]
@@ -130,12 +134,7 @@ def mopo_loss(
     if name == "reference" and weight_grad_scale is not None:
         raise ValueError("weight_grad_scale needs a backend with an engine, and this is 'reference'; leave it out")
     if name != "reference" and torch.is_grad_enabled() and differentiable:
-        labels = PolicyTarget.of(
-            target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize),
-            policy_step,
-            tau,
-            ref_logp,
-        )
+        labels = PolicyTarget.of(policy, policy_step, tau, ref_logp)
         linearised, logp = fused_policy_loss(
             hidden,
             weight,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopo_kernels.plan import ALIGN, CPU_WORKSPACE, cut_plan, fits_kept, plan, seconds
+from mopo_kernels.plan import ALIGN, CPU_CACHE, CPU_WORKSPACE, cache_of, cut_plan, fits_kept, plan, seconds
 from mopo_kernels.rates import Rates
 
 
@@ -110,6 +110,14 @@ def test_the_cost_model_counts_what_each_engine_does():
     assert by_tiles == pytest.approx(6 * n * h * v / 6e14 + moved / 3e12)
     streamed = make(n, h, v, dtype=torch.bfloat16, compute=torch.bfloat16, workspace=2**23)
     assert seconds(n, h, v, 2, streamed, free)[0] == pytest.approx(8 * n * h * v / 6e14)
+
+
+def test_one_pass_on_a_cpu_folds_logits_that_are_still_in_the_cache():
+    cpu = torch.device("cpu")
+    assert [cache_of(cpu, logits) for logits in ("fused", "kept", "recompute")] == [CPU_CACHE, None, None]
+    p = make(2048, 576, 49152, cache=CPU_CACHE)
+    assert p.resident
+    assert CPU_CACHE * 0.9 < p.row_block * p.column_block * 4 <= CPU_CACHE
 
 
 def test_cut_kernels_need_no_tile():
