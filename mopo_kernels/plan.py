@@ -55,7 +55,7 @@ def default_workspace(device: torch.device) -> int:
 
 
 def cache_of(device: torch.device, logits: Logits) -> int | None:
-    """Bytes of logits that stay in the last cache between a product and the folds, beside what else passes through it."""
+    """Bytes of logits that stay in the last cache between a product and the folds, beside what else goes through it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
     return CPU_CACHE if logits == "fused" else None  # the other plans have so many rows that blocks would be narrow
