@@ -1,13 +1,26 @@
 """The planner: within the workspace wherever blocks can be that small, one pass where rows fit, and it says why."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopo_kernels.plan import ALIGN, CPU_CACHE, CPU_WORKSPACE, cache_of, cut_plan, fits_kept, plan, seconds
+from mopo_kernels import rates
+from mopo_kernels.plan import (
+    ALIGN,
+    CPU_CACHE,
+    CPU_WORKSPACE,
+    GPU_WORKSPACE,
+    cache_of,
+    cut_plan,
+    default_workspace,
+    fits_kept,
+    plan,
+    seconds,
+)
 from mopo_kernels.rates import Rates
 
 
@@ -118,6 +131,19 @@ def test_one_pass_on_a_cpu_folds_logits_that_are_still_in_the_cache():
     p = make(2048, 576, 49152, cache=CPU_CACHE)
     assert p.resident
     assert CPU_CACHE * 0.9 < p.row_block * p.column_block * 4 <= CPU_CACHE
+
+
+def test_what_the_planner_asks_of_a_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    assert default_workspace(gpu) == GPU_WORKSPACE > default_workspace(torch.device("cpu")) == CPU_WORKSPACE
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 * 2**20))
+    assert cache_of(gpu, "recompute") == 25 * 2**20
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    measured = {"gemm": 6e14, "copy": 3e12, "cut_statistics": 5e14, "cut_gradients": 4e14}
+    monkeypatch.setattr(rates, "_table", lambda: {"sm_90": {"bfloat16": measured}})
+    assert rates.rates_of(gpu, torch.bfloat16) == Rates(**measured)
+    assert rates.rates_of(gpu, torch.float16) is None
+    assert rates.rates_of(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_cut_kernels_need_no_tile():
