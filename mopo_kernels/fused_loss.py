@@ -47,7 +47,7 @@ def fused_policy_loss(
     weight_grad = None if weight_grad_scale is None else _own_gradient(weight, weight_grad_scale)
     hidden, weight, bias = autocast(hidden, weight, bias)
     arguments = (
-        *(hidden, weight, bias, target.long(), *labels, policy_step, average),
+        *(hidden, weight, bias, target, *labels, policy_step, average),
         [x is not None and x.requires_grad for x in (hidden, weight, bias)],
         scales_of(temperature, softcap, logit_scale),
         *(ignore_index, filter_threshold(grad_filter, weight.dtype)),

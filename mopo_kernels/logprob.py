@@ -69,6 +69,7 @@ def linear_logprob(
         ValueError: shapes, dtypes or devices that do not fit; a target out of range; NaN hidden states or weights.
     """
     check_choice("reduction", reduction, ("none", "sum", "mean"))
+    target = token_ids(target)
     check_linear(
         *(hidden, weight, target, bias),
         temperature=temperature,
@@ -91,7 +92,7 @@ def linear_logprob(
     logp = run(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
-        target.reshape(-1).long(),
+        target.reshape(-1),
         bias=bias,
         temperature=float(temperature),
         softcap=softcap,
@@ -139,6 +140,7 @@ def token_logprob(
     """
     if logits.ndim < 1 or logits.shape[:-1] != target.shape:
         raise ValueError(f"target has shape {list(target.shape)}; logits {list(logits.shape)} need one target per row")
+    target = token_ids(target)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits have shape {list(logits.shape)}; they need at least one token")
     _check_floating(logits=logits)
@@ -150,7 +152,7 @@ def token_logprob(
         run = partial(token_ops.run_token_logprob, overwrite_logits=overwrite_logits, backend=name)
     logp = run(
         logits.reshape(-1, logits.shape[-1]),
-        target.reshape(-1).long(),
+        target.reshape(-1),
         temperature=float(temperature),
         softcap=softcap,
         ignore_index=ignore_index,
@@ -188,6 +190,7 @@ def sequence_logprob(
         ValueError: as `linear_logprob`, and for tensors that are not [B, L, H] and [B, L].
     """
     check_sequences(hidden, target)
+    target = token_ids(target)
     logp = linear_logprob(
         hidden,
         weight,
@@ -288,12 +291,21 @@ def _check_scales(temperature: float, softcap: float | None, logit_scale: float 
             raise ValueError(f"{name}={value} must be a positive number")
 
 
-def _check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
+def token_ids(target: Tensor) -> Tensor:
+    """target as int64, in which any ignore_index fits.
+
+    Raises:
+        ValueError: these are no integers.
+    """
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target has dtype {target.dtype}; give integer token ids")
+    return target.long()
+
+
+def _check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
+    target = token_ids(target)
     if torch.compiler.is_compiling() or target.numel() == 0:
         return
-    target = target.long()  # in which any ignore_index fits
     counts = target[target != ignore_index]
     bad = counts[(counts < 0) | (counts >= vocab)]
     if bad.numel():

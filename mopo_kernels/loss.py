@@ -17,7 +17,7 @@ from mopo_kernels import backends
 from mopo_kernels.checks import check_choice
 from mopo_kernels.fused_loss import fused_policy_loss
 from mopo_kernels.head_ops import backend_for
-from mopo_kernels.logprob import check_sequences, sequence_logprob
+from mopo_kernels.logprob import check_sequences, sequence_logprob, token_ids
 from mopo_kernels.objective import (
     MOPOOutput,
     Normalize,
@@ -103,6 +103,7 @@ def mopo_loss(
             weight whose gradient cannot be summed in float32.
     """
     check_sequences(hidden, target)
+    target = token_ids(target)
     batch = win_rate.shape[0]
     _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
     index = None if index is None else index.long()

@@ -346,6 +346,25 @@ def test_targets_of_any_integers_and_strides(target, reduction):
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_ignore_index_that_the_targets_dtype_cannot_hold(dtype, backend):
+    """156 is what −100 becomes in uint8: a token like any other."""
+    hidden, weight, _, _ = make(4, 6, 200, torch.float64)
+    target = torch.tensor([156, 3, 99, 156])
+    means = [
+        linear_logprob(hidden.detach(), weight, x, reduction="mean", backend=backend)
+        for x in (target, target.to(dtype))
+    ]
+    assert torch.equal(*means)
+    losses = []
+    for ids in (target, target.to(dtype)):
+        labels = (torch.tensor([[1.0], [0.0]]), torch.zeros(2, dtype=torch.int64), torch.ones(1))
+        losses.append(mopo_loss(hidden.view(2, 2, 6), weight, ids.view(2, 2), *labels, tau=0.08, backend=backend))
+    assert losses[0].logp.isnan().tolist() == [False, True]  # the loser is left out
+    torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("vocab", [129, 257, 385])
 def test_a_last_block_of_one_column(vocab):
     hidden, weight, _, target = make(9, 5, vocab, torch.float64, ignored=0.0)
