@@ -53,11 +53,8 @@ def emulated(tmp_path_factory):
     includes = ["csrc/cuda/emulation", pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*BUILD["CUDA_SOURCES"], "csrc/cuda/bindings.cpp"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [
-        '-DMOPO_CUDA_ARCHS="8.0,9.0a"',
-        "-U_FORTIFY_SOURCE",
-        *(f"-I{path}" for path in includes),
-    ]  # fortified longjmp keeps to one stack
+    flags += ["-U_FORTIFY_SOURCE"]  # fortified longjmp keeps to one stack
+    flags += ['-DMOPO_CUDA_ARCHS="8.0,9.0a"', *(f"-I{path}" for path in includes)]
     # A 16-byte access that is not aligned stops the process, as it would stop a GPU.
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     subprocess.run(["g++", *flags, "-x", "c++", *sources, "-o", str(module)], cwd=ROOT, check=True)
