@@ -1,26 +1,20 @@
 """The batch contract: what a training step computes over B responses besides the LM head.
 
-    sequence_sums   sums_b = Σ logp_bl over the positions l that count, counts_b = how many they are
-    objective       everything that `mopo_objective` returns, and ∂loss/∂logp, in one pass
+    sequence_sums      sums_b = Σ logp_bl over the positions l that count, counts_b = how many they are
+    label_statistics   all that labels and multipliers alone say of a batch: target weights and estimates
 
 For the n responses of a group, labels v_ik (0 in a group that objective k does not label; 1/2 where it labels others),
 multipliers λ and lag ratios ω (1 where none are given), with G groups and G_k groups labelled for k:
 
-    s_i = Σ_k λ_k v_ik        r = softmax_group(log ω)
-    w   = softmax_group(s/τ + log ω), or r · exp(s/τ − 1) with normalize = "none"
-    clone     loss = −1/G Σ_kept w_i logp_i               gradient = −w/G, 0 where not kept
-    contrast  loss = −1/G Σ w_i log softmax_group(h)_i    gradient = (Σ_group w · softmax_group(h) − w)/G
-    regress   loss = 1/G Σ 2/(n − 1) e_i²                 gradient = 4/((n − 1) G) e
-              with h = logp − ref_logp;  e = h − (n − 1)/n · s/τ, less its mean over the group
+    s_i = Σ_k λ_k v_ik        r = softmax_group(log ω)        w = softmax_group(s/τ + log ω)
     win_rates     Σ w_i v_ik / G_k
     lower_bounds  max_χ −χ log E[exp(−w_i v_ik / (r_i χ))] − χ eps, E = Σ r_i(·) / G_k over the groups labelled for k;
                   χ = ∞ at eps = 0 and 0 where the KL ball reaches the smallest value; all NaN where G_k = 0
     ess           (Σ w)² / Σ w²
     kl            1/G Σ w_i (log w_i − log r_i)
-    dropped_mass  1/G Σ w_i over what is not kept
-    valid         1, or 0 where a value is one that `mopo_objective` refuses: a win rate outside [0, 1], a group of one
-                  response, a multiplier that is negative or not finite, one that is not 1 at the primary, a lag ratio
-                  that is not finite, or a kept response's logp or ref_logp that is not
+    valid         1, or 0 where a value is one that `label_statistics` refuses: a win rate outside [0, 1], a group of one
+                  response, a multiplier that is negative or not finite, one that is not 1 at the primary, or a lag ratio
+                  that is not finite
 
 Arithmetic and sums are float64, in an order that depends on shapes only. Every backend of the two is a module with
 these functions.
@@ -33,29 +27,40 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-class ObjectiveValues(NamedTuple):
-    """What `objective` computes; in a buffer the fields stand one after the other."""
+class Labels(NamedTuple):
+    """What `label_statistics` takes. Tensors are contiguous; floats are float32 or float64, each for itself."""
 
-    loss: Tensor  # []
+    win_rate: Tensor  # [B, K] in [0, 1], NaN = unlabelled
+    group: Tensor  # [B] int64, any ids
+    multipliers: Tensor  # [K]
+    lag_log_ratio: Tensor | None  # [B]
+    tau: float
+    eps: float
+    primary: int
+
+
+class LabelValues(NamedTuple):
+    """What `label_statistics` computes, float64; in a buffer the fields stand one after the other."""
+
+    valid: Tensor  # []
+    num_groups: Tensor  # []
     ess: Tensor  # []
     kl: Tensor  # []
-    dropped_mass: Tensor  # []
-    valid: Tensor  # []
-    gradient: Tensor  # [B] ∂loss/∂logp
-    weights: Tensor  # [B]
+    size: Tensor  # [B] n of each response's group
+    score: Tensor  # [B] s_i / τ
+    weights: Tensor  # [B] w_i
     win_rates: Tensor  # [K]
     lower_bounds: Tensor  # [K]
     chi: Tensor  # [K]
 
     @staticmethod
-    def size(responses: int, objectives: int) -> int:
-        return 5 + 2 * responses + 3 * objectives
+    def length(responses: int, objectives: int) -> int:
+        return 4 + 3 * responses + 3 * objectives
 
     @classmethod
-    def unpack(cls, buffer: Tensor, responses: int, objectives: int) -> ObjectiveValues:
+    def unpack(cls, buffer: Tensor, responses: int, objectives: int) -> LabelValues:
         """Views of a buffer."""
-        sizes = [5, responses, responses, objectives, objectives, objectives]
-        scalars, *tensors = buffer.split(sizes)
+        scalars, *tensors = buffer.split([4, *(responses,) * 3, *(objectives,) * 3])
         return cls(*scalars.unbind(), *tensors)
 
 
@@ -69,19 +74,6 @@ class Batch(Protocol):
         ignore_index: int,  # positions of this target do not count: whatever logp holds there
     ) -> tuple[Tensor, Tensor]: ...  # sums[B] float64, counts[B] int64
 
-    def objective(
-        self,
-        logp: Tensor,  # [B], as all tensors here contiguous, and float32 or float64 each
-        win_rate: Tensor,  # [B, K], NaN = unlabelled
-        group: Tensor,  # [B] int64, any ids
-        multipliers: Tensor,  # [K]
-        ref_logp: Tensor | None,  # [B]; given for contrast and regress
-        lag_log_ratio: Tensor | None,  # [B]
-        kept: Tensor | None,  # [B] bool; the logp of other responses may be anything
-        *,
-        tau: float,
-        eps: float,
-        policy_step: str,  # "clone", "contrast" or "regress"
-        normalize: str,  # "group" or "none"
-        primary: int,
-    ) -> Tensor: ...  # [ObjectiveValues.size(B, K)] float64
+    def label_statistics(
+        self, labels: Labels
+    ) -> tuple[Tensor, Tensor]: ...  # slot[B] int64: groups numbered 0 … G − 1 in any order; LabelValues' buffer
