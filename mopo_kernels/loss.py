@@ -1,33 +1,101 @@
-"""mopo_loss: the multi-objective preference loss straight from hidden states.
+"""The preference loss: the door of the objective.
 
-weights w   from labels and multipliers alone        (mopo_weights)
-log π(y|x)  of the sequences whose weight counts     (sequence_logprob: fused LM head, no [tokens, vocab] tensor)
-loss        clone, contrast or regress               (mopo_objective)
+    label_statistics  weights and estimates, from labels and multipliers alone   (objective/target.py)
+    log π(y|x)        of the sequences whose weight counts                        (head/: no [tokens, vocab] tensor)
+    loss              clone, contrast or regress                                  (objective/steps.py)
+
+`mopo_loss` does all three from hidden states, `policy_loss` the last two, `mopo_objective` the first and the last.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mopo_kernels import backends
-from mopo_kernels.checks import check_choice
-from mopo_kernels.fused_loss import fused_policy_loss
-from mopo_kernels.head_ops import backend_for
-from mopo_kernels.logprob import check_sequences, sequence_logprob, token_ids
-from mopo_kernels.objective import (
-    MOPOOutput,
-    Normalize,
-    PolicyStep,
-    check_batch,
-    check_ref_logp,
-    mopo_objective,
-    target_policy,
+from mopo_kernels.backends.batch import Labels
+from mopo_kernels.checks import (
+    check_devices,
+    check_finite,
+    check_index,
+    check_label_shapes,
+    check_label_values,
+    check_per_response,
+    check_reference,
+    check_sequences,
+    check_target,
+    in_vocabulary,
+    is_true,
+    token_ids,
 )
-from mopo_kernels.policy_ops import PolicyTarget
+from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.policy import run_policy_loss
+from mopo_kernels.logprob import enter, sequence_sums
+from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
+from mopo_kernels.objective.target import LabelStatistics, label_statistics, measure
+
+
+@dataclass(frozen=True)
+class MOPOOutput:
+    """One evaluation of the objective. Only `loss` carries gradients, and `logp` where the caller gave it."""
+
+    loss: Tensor  # [] in the dtype of logp
+    logp: Tensor  # [B]
+    weights: Tensor  # [B] w_i
+    win_rates: Tensor  # [K] G_k, the primary's too; NaN for an objective that the batch does not label
+    lower_bounds: Tensor  # [K] LB_k
+    chi: Tensor  # [K] temperature of the bound: inf at eps = 0, 0 where the KL ball reaches the smallest value
+    ess: Tensor  # [] effective sample size (sum w)^2 / sum w^2, at most B
+    kl: Tensor  # [] mean over groups of KL(w || r): how far the target policy lies from the reference on this batch
+    dropped_mass: Tensor  # [] weight of the responses whose logp was not computed, mean over groups
+
+    @classmethod
+    def of(cls, loss: Tensor, logp: Tensor, labels: LabelStatistics, kept: Tensor | None) -> MOPOOutput:
+        reported = labels.reported()
+        dropped = reported.kl.new_zeros(())
+        if kept is not None:
+            dropped = labels.groups.mean_of_sums(labels.weights.masked_fill(kept, 0)).to(labels.dtype)
+        return cls(
+            loss=loss,
+            logp=logp,
+            weights=reported.weights,
+            win_rates=reported.win_rates,
+            lower_bounds=reported.lower_bounds,
+            chi=reported.chi,
+            ess=reported.ess,
+            kl=reported.kl,
+            dropped_mass=dropped,
+        )
+
+
+pytree.register_dataclass(MOPOOutput)
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """What a policy step is asked for, beside labels and head."""
+
+    policy_step: PolicyStep
+    ref_logp: Tensor | None  # [B]
+    min_weight: float
+    index: Tensor | None  # [S]
+
+    def check(self, *, sequences: int, batch: int) -> None:
+        check_reference(self.policy_step, STEPS, self.ref_logp, batch)
+        check_index(self.index, sequences=sequences, batch=batch, policy_step=self.policy_step)
+
+    def kept(self, weights: Tensor) -> Tensor | None:  # [B] bool
+        """The responses whose log-probability is computed; None for all."""
+        if self.policy_step != "clone":
+            return None
+        kept = weights > self.min_weight
+        if self.index is not None:
+            kept = torch.zeros_like(kept).index_copy(0, self.index, kept[self.index])
+        return kept
 
 
 def mopo_loss(
@@ -44,7 +112,6 @@ def mopo_loss(
     lag_log_ratio: Tensor | None = None,  # [B]
     policy_step: PolicyStep = "clone",
     primary: int = 0,
-    normalize: Normalize = "group",
     min_weight: float = 1e-5,
     index: Tensor | None = None,  # [S]
     average: bool = False,
@@ -53,10 +120,8 @@ def mopo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
-    grad_filter: float | Literal["auto"] | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
-    weight_grad_scale: float | None = None,
 ) -> MOPOOutput:
     """MOPO policy step (arXiv 2505.10892, Eq. 3 and 7) on a batch of groups of responses.
 
@@ -82,113 +147,154 @@ def mopo_loss(
         lag_log_ratio: log ω_i = log π_lag(y_i|x) − log π_ref0(y_i|x), or None.
         policy_step: "clone", "contrast" or "regress".
         primary: column of the primary objective.
-        normalize: "group", or "none" for the paper's printed form exp(s/τ − 1).
         min_weight: weight at or below which `clone` leaves a sequence out.
         index: where `hidden` and `target` hold only some sequences of the batch, their positions in `win_rate`, [S];
             the others count as left out (`clone` only). Skip them before the model runs, and the backbone is saved too.
         average: per-token mean instead of the sum in log π(y|x).
-        bias, temperature, softcap, logit_scale, ignore_index, grad_filter, workspace_bytes, backend:
-            as in `linear_logprob`.
-        weight_grad_scale: what the loss will be multiplied by before `backward()` (1.0 if by nothing). Given, the
-            gradient of `weight` is added straight to `weight.grad` (float32) while the loss is computed: no second
-            [V, H] tensor where several batches accumulate. Its hooks, like those of DDP, see nothing of it, and where
-            NaN inputs raise an error it holds them already.
+        bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes, backend: as in `linear_logprob`.
 
     Returns:
-        MOPOOutput; `loss` is differentiable in hidden, weight and bias, nothing else is. A backend with a tile engine
-        forms the gradients in the forward already, scaled in the backward.
+        MOPOOutput; `loss` is differentiable in hidden, weight and bias, nothing else is. An engine forms the gradients
+        in the forward already, scaled in the backward.
 
     Raises:
-        ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit; a `weight_grad_scale` for a
-            weight whose gradient cannot be summed in float32.
+        ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit. All but NaN hidden states,
+            weights or biases is refused before any product is formed.
     """
-    check_sequences(hidden, target)
-    target = token_ids(target)
-    batch = win_rate.shape[0]
-    _check_index(index, sequences=hidden.shape[0], batch=batch, policy_step=policy_step)
-    index = None if index is None else index.long()
-    check_ref_logp(ref_logp, policy_step, batch)
-    check_batch(win_rate, group, multipliers, tau, lag_log_ratio)
-    check_choice("normalize", normalize, get_args(Normalize))
-    policy = target_policy(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, normalize=normalize)
-    kept = None
-    if policy_step == "clone":
-        kept = policy.weights > min_weight
-        if index is not None:
-            kept = torch.zeros_like(kept).index_copy(0, index, kept[index])
-        here = kept if index is None else kept[index]
-        target = target.masked_fill(~here.unsqueeze(-1), ignore_index)
-
-    options: dict[str, Any] = {
-        "average": average,
-        "bias": bias,
-        "temperature": temperature,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "ignore_index": ignore_index,
-        "grad_filter": grad_filter,
-        "workspace_bytes": workspace_bytes,
-    }
-    linearised = None
-    name = backend_for(hidden, weight, backend, workspace_bytes)
-    differentiable = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if name == "reference" and weight_grad_scale is not None:
-        raise ValueError("weight_grad_scale needs a backend with an engine, and this is 'reference'; leave it out")
-    if name != "reference" and torch.is_grad_enabled() and differentiable:
-        labels = PolicyTarget.of(policy, policy_step, tau, ref_logp)
-        linearised, logp = fused_policy_loss(
-            hidden,
-            weight,
-            target,
-            labels if index is None else labels.take(index),
-            policy_step,
-            backend=name,
-            weight_grad_scale=weight_grad_scale,
-            **options,
-        )
-    else:
-        logp = sequence_logprob(
-            hidden,
-            weight,
-            target,
-            backend=backend,
-            **options,
-        )
-    if index is not None:
-        logp = logp.new_zeros(batch).index_copy(0, index, logp)
-    if kept is not None:
-        logp = logp.masked_fill(~kept, torch.nan)
-    output = mopo_objective(
-        logp,
-        win_rate,
-        group,
-        multipliers,
-        tau=tau,
-        eps=eps,
-        ref_logp=ref_logp,
-        lag_log_ratio=lag_log_ratio,
-        policy_step=policy_step,
-        primary=primary,
-        normalize=normalize,
-        kept=kept,
-        backend=backends.if_it_has("objective", backend),
+    labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
+    check_label_shapes(labels)
+    step = StepCall(policy_step, ref_logp, min_weight, None if index is None else index.long())
+    inputs, call = _enter(
+        HeadInputs(hidden, weight, bias, target),
+        step,
+        win_rate.shape[0],
+        backend,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+        average=average,
     )
-    loss = output.loss if linearised is None else output.loss + (linearised - linearised.detach())
-    return replace(output, loss=loss, logp=output.logp.detach())
+    statistics = measure(labels, backends.if_it_has("label_statistics", backend))
+    if not is_true(statistics.values.valid, in_vocabulary(inputs.target, weight.shape[0], ignore_index)):
+        check_target(inputs.target, weight.shape[0], ignore_index)
+        check_label_values(labels)
+    return _policy_loss(inputs, call, statistics, step)
 
 
-def _check_index(index: Tensor | None, *, sequences: int, batch: int, policy_step: str) -> None:
-    if index is None:
-        if sequences != batch:
-            raise ValueError(
-                f"win_rate has {batch} rows and hidden {sequences} sequences; give one row per sequence, or `index`"
-            )
-        return
-    if policy_step != "clone":
-        raise ValueError(f"index goes with policy_step='clone' only; {policy_step!r} needs every response of a group")
-    if index.shape != (sequences,) or index.is_floating_point():
-        raise ValueError(f"index must hold {sequences} integers, one per sequence of hidden; got {list(index.shape)}")
-    if torch.compiler.is_compiling() or sequences == 0:
-        return
-    if index.min() < 0 or index.max() >= batch or index.unique().numel() != sequences:
-        raise ValueError(f"index must hold distinct positions in [0, {batch})")
+def policy_loss(
+    hidden: Tensor,  # [S, L, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [S, L]
+    labels: LabelStatistics,
+    *,
+    ref_logp: Tensor | None = None,  # [B]
+    policy_step: PolicyStep = "clone",
+    min_weight: float = 1e-5,
+    index: Tensor | None = None,  # [S]
+    backend: str | None = None,
+    **options: Any,
+) -> MOPOOutput:
+    """`mopo_loss` of a batch whose `label_statistics` are there already.
+
+    For trainers: the statistics say which responses count before the model runs, and feed the multipliers too. They
+    must be on the device of `hidden`. Arguments, errors and result are `mopo_loss`'s; `options` are those of the head
+    (average, bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes).
+    """
+    check_devices("hidden", hidden, labels=labels.slot)
+    step = StepCall(policy_step, ref_logp, min_weight, None if index is None else index.long())
+    inputs = HeadInputs(hidden, weight, options.pop("bias", None), target)
+    inputs, call = _enter(inputs, step, len(labels.slot), backend, **options)
+    check_target(inputs.target, weight.shape[0], call.ignore_index)
+    return _policy_loss(inputs, call, labels, step)
+
+
+def _enter(
+    inputs: HeadInputs, step: StepCall, batch: int, backend: str | None, **options: Any
+) -> tuple[HeadInputs, HeadCall]:
+    """Head and step, checked but for the values of tensors, and the call with who runs it."""
+    check_sequences(inputs.hidden, inputs.target)
+    step.check(sequences=inputs.hidden.shape[0], batch=batch)
+    call = HeadCall.of(**{"temperature": 1.0, "ignore_index": -100, **options})
+    return enter(inputs._replace(target=token_ids(inputs.target)), call, backend)
+
+
+def _policy_loss(inputs: HeadInputs, call: HeadCall, labels: LabelStatistics, step: StepCall) -> MOPOOutput:
+    """The loss of checked arguments."""
+    aim, kept, index = step_target(step.policy_step, labels, step.ref_logp), step.kept(labels.weights), step.index
+    if kept is not None:
+        here = kept if index is None else kept[index]
+        inputs = inputs._replace(target=inputs.target.masked_fill(~here.unsqueeze(-1), call.ignore_index))
+        aim = aim if index is None else aim.take(index)
+    if call.backend != "reference" and any(call.needs):
+        loss, logp = run_policy_loss(inputs, call, step.policy_step, aim)
+    else:
+        logp = sequence_sums(inputs, call)
+        loss = STEPS[step.policy_step].loss(logp.double(), aim).to(logp.dtype)
+    logp = logp.detach()
+    if kept is not None:
+        logp = logp if index is None else logp.new_zeros(kept.shape).index_copy(0, index, logp)
+        logp = logp.masked_fill(~kept, torch.nan)
+    return MOPOOutput.of(loss, logp, labels, kept)
+
+
+def mopo_objective(
+    logp: Tensor,  # [B] log pi(y_i | x), sums over the response's tokens
+    win_rate: Tensor,  # [B, K] in [0, 1], NaN = unlabelled
+    group: Tensor,  # [B] int64, any ids; every group has at least two responses
+    multipliers: Tensor,  # [K], 1 at the primary
+    *,
+    tau: float,
+    eps: float = 0.0,
+    ref_logp: Tensor | None = None,  # [B] log pi_ref(y_i | x), for contrast and regress
+    lag_log_ratio: Tensor | None = None,  # [B] log pi_lag - log pi_ref0
+    policy_step: PolicyStep = "clone",
+    primary: int = 0,
+    kept: Tensor | None = None,  # [B] bool, responses whose logp was computed (clone only)
+    backend: str | None = None,
+) -> MOPOOutput:
+    """The MOPO loss of a batch and the estimates that move the multipliers, from sequence log-probabilities.
+
+    The formulas are `mopo_loss`'s. `kept` leaves responses out of the `clone` loss, those whose weight is too small to
+    be worth a forward pass; their weight is reported as `dropped_mass`. `eps` is the radius of the bounds' KL ball, see
+    `robust_bound`.
+
+    The loss is in the dtype of `logp`, differentiable in logp and ref_logp any number of times; weights and estimates
+    are in the dtype of `win_rate`. `backend` is a name in `mopo_kernels.backends.BACKENDS`, or None for the table's
+    choice. Raises ValueError for malformed arguments, unless called under torch.compile, where values cannot be looked
+    at. Source: paper, Eq. 7 (clone); contrast is DPO's and regress is IPO's loss with several objectives (ours).
+    """
+    labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
+    check_label_shapes(labels)
+    responses = win_rate.shape[0]
+    check_reference(policy_step, STEPS, ref_logp, responses)
+    check_per_response(responses, logp=logp, kept=kept)
+    check_devices("logp", logp, win_rate=win_rate, ref_logp=ref_logp, kept=kept)
+    if policy_step != "clone" and kept is not None:
+        raise ValueError(f"policy_step={policy_step!r} needs every response's logp: kept works with 'clone' only")
+
+    statistics = measure(labels, backend)
+    used = (logp if kept is None else torch.where(kept, logp, 0)).double()
+    compared = used.detach() if ref_logp is None else used.detach() - ref_logp.detach()
+    if not is_true(statistics.values.valid, compared.isfinite().all()):
+        check_finite("logp", logp, kept)
+        check_finite("ref_logp", ref_logp, kept)
+        check_label_values(labels)
+    loss = STEPS[policy_step].loss(used, step_target(policy_step, statistics, ref_logp))
+    return MOPOOutput.of(loss.to(logp.dtype), logp, statistics, kept)
+
+
+def mopo_weights(
+    win_rate: Tensor,  # [B, K] in [0, 1], NaN = unlabelled
+    group: Tensor,  # [B] int64, any ids
+    multipliers: Tensor,  # [K], 1 at the primary
+    *,
+    tau: float,
+    lag_log_ratio: Tensor | None = None,  # [B] log pi_lag - log pi_ref0
+) -> Tensor:  # [B]
+    """Weight of each response, w_i = softmax_group(s_i / tau + log omega_i); sums to 1 in every group. No gradient.
+
+    Raises ValueError for malformed labels, groups, multipliers or tau. Source: paper, Eq. 3.
+    """
+    return label_statistics(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio).reported().weights

@@ -13,16 +13,19 @@ gradient of hidden 2 and that of weight 2.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from mopo_kernels.rates import Rates
+from mopo_kernels.backends import native
+from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.rates import Rates
+from mopo_kernels.head.rows import Rows, count
 
 CPU_WORKSPACE = 64 * 2**20
 CPU_CACHE = 4 * 2**20  # one pass is 4% faster than with whole rows on 2 cores and 32 MiB of L3; 8 MiB are too many
 GPU_WORKSPACE = 512 * 2**20  # 2048 rows of 128k logits in 16 bits: fewer make the products wait for the weight
-ALIGN = 128  # columns of a block that grad_filter may skip; column blocks are whole numbers of it
+ALIGN = 128  # column blocks are whole numbers of it
 ROW_ALIGN = 16  # rows that the products take at a time
 STREAM_ROWS = 1024  # rows of a tile that holds only some columns: enough to make reading the weight cheap
 # Below this many rows the products, bound by reading the weight, lose more than forming the logits twice costs (8/6).
@@ -31,9 +34,26 @@ MIN_RESIDENT_ROWS = 48
 Logits = Literal["fused", "kept", "recompute"]
 
 
+class Sizes(NamedTuple):
+    """What is planned for."""
+
+    rows: int
+    hidden_size: int
+    vocab: int
+    dtype: torch.dtype
+    compute: torch.dtype  # of tile and products
+    gathered: bool = True  # only some rows count, and are copied together
+
+    @classmethod
+    def of(cls, inputs: HeadInputs, rows: Rows) -> Sizes:
+        (vocab, hidden_size), weight = inputs.weight.shape, inputs.weight
+        gathered = not isinstance(rows, slice)
+        return cls(max(count(rows), 1), hidden_size, vocab, weight.dtype, compute_dtype(weight), gathered)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Blocks of one call, and why."""
+    """Blocks of one call of the tile engine, and why."""
 
     row_block: int
     column_block: int  # columns of one product
@@ -41,12 +61,20 @@ class Plan:
     compute: torch.dtype  # dtype of tile and products; panels of weight are converted where it differs
     workspace: int  # bytes of the temporaries
     reason: str
-    cut: bool = False  # no tile: the cut kernels take whole blocks of rows
 
     def tile_columns(self, vocab: int) -> int:
-        if self.cut:
-            return 0
         return vocab if self.resident else self.column_block
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums run in and log-probabilities come in: sums in 16 bits bias training."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What products run in: float32 where that is faster than the weight's own dtype."""
+    is_widened = weight.device.type == "cpu" and weight.dtype != torch.float64 and not native.multiplies(weight.dtype)
+    return torch.float32 if is_widened else weight.dtype
 
 
 def default_workspace(device: torch.device) -> int:
@@ -61,7 +89,40 @@ def cache_of(device: torch.device, logits: Logits) -> int | None:
     return CPU_CACHE if logits == "fused" else None  # the other plans have so many rows that blocks would be narrow
 
 
-def seconds(rows: int, hidden_size: int, vocab: int, itemsize: int, plan: Plan, rates: Rates) -> tuple[float, float]:
+def plan_for(inputs: HeadInputs, rows: Rows, call: HeadCall, logits: Logits) -> Plan:
+    """The tile engine's blocks for these rows."""
+    device = inputs.weight.device
+    workspace = call.workspace_bytes or default_workspace(device)
+    return make_plan(Sizes.of(inputs, rows), workspace, logits, cache_of(device, logits))
+
+
+def make_plan(sizes: Sizes, workspace_bytes: int, logits: Logits, cache_bytes: int | None = None) -> Plan:
+    """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
+
+    `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
+    """
+    cost, vocab = _Bytes.of(sizes), sizes.vocab
+    if logits == "kept":
+        return _cached(_kept(sizes, cost, workspace_bytes), cache_bytes)
+    column_block = vocab if cost.per_column == 0 else _aligned(workspace_bytes // 4 // cost.per_column, vocab)
+    per_row = cost.per_row + vocab * cost.logit
+    capacity = (workspace_bytes - column_block * cost.per_column) // per_row
+    if logits == "fused" and capacity >= min(sizes.rows, MIN_RESIDENT_ROWS):
+        row_block = _balanced(sizes.rows, capacity)
+        used = row_block * per_row + column_block * cost.per_column
+        reason = f"one pass, 6·N·H·V: {row_block} rows × all {vocab} columns fit the workspace"
+        return _cached(Plan(row_block, column_block, True, sizes.compute, used, reason), cache_bytes)
+    return _cached(_streamed(sizes, cost, workspace_bytes), cache_bytes)
+
+
+def fits_kept(inputs: HeadInputs, call: HeadCall) -> bool:
+    """Whether the logits of all rows fit the workspace beside what the backward needs to use them."""
+    sizes = Sizes.of(inputs, slice(0, len(inputs.target)))._replace(gathered=True)
+    workspace = call.workspace_bytes or default_workspace(inputs.weight.device)
+    return make_plan(sizes, workspace, "kept").workspace <= workspace
+
+
+def seconds(sizes: Sizes, plan: Plan, rates: Rates) -> tuple[float, float]:
     """The cost model: forward and backward by the tile engine and by the cut kernels, at a GPU's measured rates.
 
     Tiles: the products at 6 or 8·N·H·V; the logits, once written by the product, once read and once written by the
@@ -69,75 +130,14 @@ def seconds(rows: int, hidden_size: int, vocab: int, itemsize: int, plan: Plan, 
     gradient, read and written for each block of rows after the first. Cut: statistics at 2·N·H·V and gradients at
     6·N·H·V, whose measured rate has the atomic sums in it.
     """
-    product = 2.0 * rows * hidden_size * vocab
-    logits = 3 * itemsize * rows * vocab if plan.resident else 0
-    sums = 2 * 4 * hidden_size * vocab * (-(-rows // plan.row_block) - 1)
+    product = 2.0 * sizes.rows * sizes.hidden_size * sizes.vocab
+    logits = 3 * sizes.dtype.itemsize * sizes.rows * sizes.vocab if plan.resident else 0
+    sums = 2 * 4 * sizes.hidden_size * sizes.vocab * (-(-sizes.rows // plan.row_block) - 1)
     tiles = product * (3 if plan.resident else 4) / rates.gemm + (logits + sums) / rates.copy
     return tiles, product / rates.cut_statistics + 3 * product / rates.cut_gradients
 
 
-def cut_plan(rows: int, hidden_size: int, dtype: torch.dtype) -> Plan:
-    """One block of all rows, whose temporaries are what is gathered of them and the sum of their gradient."""
-    used = max(rows, 1) * hidden_size * (dtype.itemsize + 4)
-    return Plan(max(rows, 1), 0, False, dtype, used, "cut kernels, 8·N·H·V: logits never leave the chip", cut=True)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gradients are summed in: sums in 16 bits bias training."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def plan(
-    rows: int,
-    hidden_size: int,
-    vocab: int,
-    *,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-    workspace_bytes: int,
-    logits: Logits,
-    gathered: bool = True,
-    filtered: bool = False,
-    cache_bytes: int | None = None,
-) -> Plan:
-    """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
-
-    `gathered`: only some rows count, and are copied together.
-    `filtered`: grad_filter may gather columns, half of them at most, and what the products are of these.
-    `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
-    """
-    rows = max(rows, 1)
-    size = _Bytes.of(hidden_size, dtype, compute, gathered=gathered, filtered=filtered)
-    column_block = vocab if size.per_column == 0 else _aligned(workspace_bytes // 4 // size.per_column, vocab)
-    per_row = size.per_row + vocab * size.logit
-    capacity = (workspace_bytes - column_block * size.per_column) // per_row
-    if logits == "kept":
-        return _cached(_kept(rows, vocab, size, compute, workspace_bytes), cache_bytes)
-    if logits == "fused" and capacity >= min(rows, MIN_RESIDENT_ROWS):
-        row_block = _balanced(rows, capacity)
-        used = row_block * per_row + column_block * size.per_column
-        reason = f"one pass, 6·N·H·V: {row_block} rows × all {vocab} columns fit the workspace"
-        return _cached(Plan(row_block, column_block, True, compute, used, reason), cache_bytes)
-    return _cached(_streamed(rows, vocab, size, compute, workspace_bytes), cache_bytes)
-
-
-def fits_kept(
-    rows: int,
-    hidden_size: int,
-    vocab: int,
-    *,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-    workspace_bytes: int,
-    filtered: bool = False,
-) -> bool:
-    """Whether the logits of all rows fit the workspace beside what the backward needs to use them."""
-    size = _Bytes.of(hidden_size, dtype, compute, filtered=filtered)
-    return _kept(rows, vocab, size, compute, workspace_bytes).workspace <= workspace_bytes
-
-
-@dataclass(frozen=True)
-class _Bytes:
+class _Bytes(NamedTuple):
     """What a row, a column and a logit cost in temporaries; the statistics' 64 bytes per row are left out."""
 
     per_row: int  # hidden and its gradient's sum, where they are copies
@@ -145,34 +145,21 @@ class _Bytes:
     logit: int
 
     @classmethod
-    def of(
-        cls,
-        hidden_size: int,
-        dtype: torch.dtype,
-        compute: torch.dtype,
-        *,
-        gathered: bool = True,
-        filtered: bool = False,
-    ) -> _Bytes:
-        accumulate = accumulate_dtype(dtype)
+    def of(cls, sizes: Sizes) -> _Bytes:
+        accumulate, compute, dtype = accumulate_dtype(sizes.dtype), sizes.compute, sizes.dtype
         panel = 0 if compute == dtype else compute.itemsize
-        row = compute.itemsize if gathered or compute != dtype else 0
-        row_sum = accumulate.itemsize if gathered or accumulate != dtype else 0
+        row = compute.itemsize if sizes.gathered or compute != dtype else 0
+        row_sum = accumulate.itemsize if sizes.gathered or accumulate != dtype else 0
         product = 0 if dtype == accumulate else accumulate.itemsize
-        gathered_columns = compute.itemsize + accumulate.itemsize if filtered else 0  # twice what half of them take
-        return cls(
-            per_row=hidden_size * (row + row_sum),
-            per_column=hidden_size * (panel + product + gathered_columns),
-            logit=compute.itemsize,
-        )
+        return cls(sizes.hidden_size * (row + row_sum), sizes.hidden_size * (panel + product), compute.itemsize)
 
 
-def _kept(rows: int, vocab: int, size: _Bytes, compute: torch.dtype, workspace_bytes: int) -> Plan:
-    rows = max(rows, 1)
-    column_block = _aligned(workspace_bytes // 8 // (rows * size.logit + size.per_column), vocab)
-    used = rows * (size.per_row + vocab * size.logit) + column_block * (rows * size.logit + size.per_column)
+def _kept(sizes: Sizes, cost: _Bytes, workspace_bytes: int) -> Plan:
+    rows, vocab = sizes.rows, sizes.vocab
+    column_block = _aligned(workspace_bytes // 8 // (rows * cost.logit + cost.per_column), vocab)
+    used = rows * (cost.per_row + vocab * cost.logit) + column_block * (rows * cost.logit + cost.per_column)
     reason = f"logits kept for the backward, 6·N·H·V: {rows} × {vocab} fit the workspace"
-    return Plan(rows, column_block, True, compute, used, reason)
+    return Plan(rows, column_block, True, sizes.compute, used, reason)
 
 
 def _cached(plan: Plan, cache_bytes: int | None) -> Plan:
@@ -182,18 +169,17 @@ def _cached(plan: Plan, cache_bytes: int | None) -> Plan:
     return replace(plan, column_block=columns)
 
 
-def _streamed(rows: int, vocab: int, size: _Bytes, compute: torch.dtype, workspace_bytes: int) -> Plan:
-    row_block = _balanced(rows, STREAM_ROWS)
-    while row_block > 1 and _stream_columns(row_block, size, workspace_bytes) < min(vocab, 2 * row_block):
+def _streamed(sizes: Sizes, cost: _Bytes, workspace_bytes: int) -> Plan:
+    def columns_of(row_block: int) -> int:
+        return (workspace_bytes - row_block * cost.per_row) // (row_block * cost.logit + cost.per_column)
+
+    row_block = _balanced(sizes.rows, STREAM_ROWS)
+    while row_block > 1 and columns_of(row_block) < min(sizes.vocab, 2 * row_block):
         row_block = (row_block + 1) // 2
-    column_block = _aligned(_stream_columns(row_block, size, workspace_bytes), vocab)
-    used = row_block * size.per_row + column_block * (row_block * size.logit + size.per_column)
+    column_block = _aligned(columns_of(row_block), sizes.vocab)
+    used = row_block * cost.per_row + column_block * (row_block * cost.logit + cost.per_column)
     reason = f"logits formed in each pass, 8·N·H·V: {row_block} rows × {column_block} columns at a time"
-    return Plan(row_block, column_block, False, compute, used, reason)
-
-
-def _stream_columns(row_block: int, size: _Bytes, workspace_bytes: int) -> int:
-    return (workspace_bytes - row_block * size.per_row) // (row_block * size.logit + size.per_column)
+    return Plan(row_block, column_block, False, sizes.compute, used, reason)
 
 
 def _aligned(columns: int, vocab: int) -> int:

@@ -12,48 +12,45 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import backends
-from mopo_kernels.backends.fold import Statistics
-from mopo_kernels.head_ops import refuse_double_backward, scales_of, transform_of
-from mopo_kernels.plan import accumulate_dtype
+from mopo_kernels.backends.fold import Statistics, Tile
+from mopo_kernels.checks import check_result
+from mopo_kernels.head.call import HeadCall
+from mopo_kernels.head.ops import refuse_double_backward
+from mopo_kernels.head.plan import accumulate_dtype
 
 
 def run_token_logprob(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
+    call: HeadCall,
     *,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
     overwrite_logits: bool,
-    backend: str,
 ) -> Tensor:  # [N]
     """What `reference.token_logprob` computes, by the fold kernels."""
     overwrite = overwrite_logits and not torch.compiler.is_compiling()  # a compiler plans memory itself
-    return token_logprob(logits, target, scales_of(temperature, softcap), ignore_index, overwrite, backend)[0]
+    return token_logprob(logits, target, call.flat(), overwrite)[0]
 
 
 @torch.library.custom_op("mopo_kernels::token_logprob", mutates_args=())
 def token_logprob(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
-    scales: list[float],
-    ignore_index: int,
+    call: list[float],
     overwrite: bool,  # the logits, by the backward
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """logp[N] and lse[N] (float64), reading the logits of counted rows once."""
-    fold, transform = backends.fold(backend), transform_of(scales)
+    options = HeadCall.unflat(call)
+    counts = target != options.ignore_index
     statistics = Statistics.start(target.shape[0], target.device)
-    fold.fold_statistics(_row_major(logits), _skipping(target, ignore_index), statistics, transform)
-    counts = target != ignore_index
-    logp = torch.where(counts, statistics.logp, 0).to(accumulate_dtype(logits.dtype))
-    return logp, torch.where(counts, statistics.lse, 0)
+    tile = Tile(_row_major(logits), torch.where(counts, target, -1), options.transform)
+    backends.fold(options.backend).fold_statistics(tile, statistics)
+    logp = torch.where(counts, statistics.logp, 0)
+    check_result(logp, logits=logits)
+    return logp.to(accumulate_dtype(logits.dtype)), torch.where(counts, statistics.lse, 0)
 
 
 @token_logprob.register_fake
-def _(
-    logits: Tensor, target: Tensor, scales: list[float], ignore_index: int, overwrite: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, target: Tensor, call: list[float], overwrite: bool) -> tuple[Tensor, Tensor]:
     logp = logits.new_empty(target.shape, dtype=accumulate_dtype(logits.dtype))
     return logp, logits.new_empty(target.shape, dtype=torch.float64)
 
@@ -64,25 +61,15 @@ def token_logprob_backward(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
     lse: Tensor,  # [N]
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
+    call: list[float],
 ) -> Tensor:  # [N, V]
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _fold_gradient(grad_logp, _row_major(logits), target, lse, scales, ignore_index, backend, grad)
+    _fold_gradient(grad_logp, _row_major(logits), target, lse, call, grad)
     return grad
 
 
 @token_logprob_backward.register_fake
-def _(
-    grad_logp: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
+def _(grad_logp: Tensor, logits: Tensor, target: Tensor, lse: Tensor, call: list[float]) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -92,40 +79,24 @@ def token_logprob_overwrite(
     logits: Tensor,  # [N, V], row-major
     target: Tensor,  # [N]
     lse: Tensor,  # [N]
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
+    call: list[float],
 ) -> None:
     """logits ← their gradient."""
-    _fold_gradient(grad_logp, logits, target, lse, scales, ignore_index, backend, None)
+    _fold_gradient(grad_logp, logits, target, lse, call, logits)
 
 
 @token_logprob_overwrite.register_fake
-def _(
-    grad_logp: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
-) -> None:
+def _(grad_logp: Tensor, logits: Tensor, target: Tensor, lse: Tensor, call: list[float]) -> None:
     return None
 
 
 def _fold_gradient(
-    grad_logp: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    scales: list[float],
-    ignore_index: int,
-    backend: str,
-    out: Tensor | None,
+    grad_logp: Tensor, logits: Tensor, target: Tensor, lse: Tensor, call: list[float], out: Tensor
 ) -> None:
-    coefficient = torch.where(target != ignore_index, grad_logp.double(), 0)
-    transform = transform_of(scales)
-    backends.fold(backend).fold_gradient(logits, target.contiguous(), lse, coefficient, transform, out=out)
+    options = HeadCall.unflat(call)
+    coefficient = torch.where(target != options.ignore_index, grad_logp.double(), 0)
+    tile = Tile(logits, target.contiguous(), options.transform)
+    backends.fold(options.backend).fold_gradient(tile, lse, coefficient, out)
 
 
 def _row_major(logits: Tensor) -> Tensor:
@@ -134,30 +105,23 @@ def _row_major(logits: Tensor) -> Tensor:
     return logits if whole_rows else logits.contiguous()
 
 
-def _skipping(target: Tensor, ignore_index: int) -> Tensor:
-    """Targets of the fold contract, where rows that do not count are negative."""
-    return target.masked_fill(target == ignore_index, -1)
-
-
 def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, *options = inputs
+    logits, target, ctx.call, ctx.overwrite = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, output[1])
-    ctx.options = options
 
 
 def _logits_backward(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_logp is None:
-        return (None,) * 6
+        return None, None, None, None
     logits, target, lse = ctx.saved_tensors
-    scales, ignore_index, overwrite, backend = ctx.options
-    if overwrite and not torch.is_grad_enabled():
+    if ctx.overwrite and not torch.is_grad_enabled():
         grad = _row_major(logits.detach())
-        token_logprob_overwrite(grad_logp, grad, target, lse, scales, ignore_index, backend)
+        token_logprob_overwrite(grad_logp, grad, target, lse, ctx.call)
     else:
-        grad = token_logprob_backward(grad_logp, logits, target, lse, scales, ignore_index, backend)
-    return grad, *(None,) * 5
+        grad = token_logprob_backward(grad_logp, logits, target, lse, ctx.call)
+    return grad, None, None, None
 
 
 token_logprob.register_autograd(_logits_backward, setup_context=_save_logits)

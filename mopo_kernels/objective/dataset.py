@@ -1,6 +1,6 @@
 """A whole data set's labels, laid out for the dual solver, and what a target policy achieves on them.
 
-The quantities that `objective.target_policy` yields for a batch, laid out for millions of groups: one dense bucket per
+The quantities that `target.TargetPolicy` yields for a batch, laid out for millions of groups: one dense bucket per
 group size, identical groups kept once with the number of their copies. Everything is float64.
 """
 
@@ -10,9 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels.checks import check_group_ids, check_group_sizes, check_lag, check_probabilities
-from mopo_kernels.objective import NEUTRAL
-from mopo_kernels.robust import bound_and_chi
+from mopo_kernels.checks import (
+    check_group_ids,
+    check_group_sizes,
+    check_lag_finite,
+    check_per_response,
+    check_probabilities,
+)
+from mopo_kernels.objective.target import NEUTRAL
+from mopo_kernels.objective.robust import bound_and_chi
 
 
 class Bucket(NamedTuple):
@@ -36,7 +42,8 @@ def group_labels(win_rate: Tensor, group: Tensor, lag_log_ratio: Tensor | None) 
     """Checks the labels of a data set and lays them out."""
     check_probabilities("win_rate", win_rate)
     check_group_ids(group, win_rate.shape[0])
-    check_lag(lag_log_ratio, win_rate.shape[0])
+    check_per_response(win_rate.shape[0], lag_log_ratio=lag_log_ratio)
+    check_lag_finite(lag_log_ratio)
     ids, order = group.sort(stable=True)
     ids, sizes = ids.unique_consecutive(return_counts=True)
     check_group_sizes(ids, sizes)

@@ -1,6 +1,6 @@
 """The exact solver: the multipliers of a whole data set, what thresholds it allows, and which radius suits it.
 
-For fixed multipliers the target policy is known in closed form (see `objective`), so the constrained problem
+For fixed multipliers the target policy is known in closed form (see target.py), so the constrained problem
 
     maximise  E_pi[v_p] - tau KL(pi || pi_ref)   subject to   E_pi[v_k] >= b_k
 
@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels.checks import check_eps, check_positive, check_tau
-from mopo_kernels.grouped_labels import GroupedLabels, group_labels, policy_bounds, policy_moments, ratio_sample
-from mopo_kernels.robust import bound_and_chi, increasing_root, mean_and_variance, support_min, tilt
+from mopo_kernels.checks import check_eps, check_positive, check_primary, check_tau
+from mopo_kernels.objective.dataset import GroupedLabels, group_labels, policy_bounds, policy_moments, ratio_sample
+from mopo_kernels.objective.robust import bound_and_chi, increasing_root, mean_and_variance, support_min, tilt
 
 TOLERANCE = 1e-8  # accepted violation of the optimality conditions, in win rate
 TARGET_TOLERANCE = 1e-10  # where Newton stops: its last step costs little and gains several digits
@@ -110,7 +110,7 @@ def attainable_range(
     labels = group_labels(win_rate, group, lag_log_ratio)
     check_tau(tau)
     check_eps(eps)
-    _check_primary(primary, win_rate.shape[1])
+    check_primary(primary, win_rate.shape[1])
     unconstrained = policy_bounds(labels, _one_hot(primary, labels), tau, float(eps))[0]
     return unconstrained, _best_alone(labels, tau, float(eps), primary)
 
@@ -132,7 +132,7 @@ def auto_eps(
     Raises ValueError for beta outside [0, 1] and for malformed labels.
     """
     labels = group_labels(win_rate, group, lag_log_ratio)
-    _check_primary(primary, win_rate.shape[1])
+    check_primary(primary, win_rate.shape[1])
     check_beta(beta)
     return auto_eps_grouped(labels, beta=beta, primary=primary)
 
@@ -433,7 +433,7 @@ def _one_hot(objective: int, labels: GroupedLabels) -> Tensor:  # [K]
 
 def full_thresholds(thresholds: Tensor | Sequence[float], num_objectives: int, primary: int) -> Tensor:  # [K]
     """Thresholds with -inf inserted at the primary."""
-    _check_primary(primary, num_objectives)
+    check_primary(primary, num_objectives)
     secondary = torch.as_tensor(thresholds, dtype=torch.float64).detach()
     if secondary.shape != (num_objectives - 1,):
         raise ValueError(
@@ -443,11 +443,6 @@ def full_thresholds(thresholds: Tensor | Sequence[float], num_objectives: int, p
     if not (secondary < math.inf).all():
         raise ValueError(f"thresholds must be numbers below inf, or -inf for none; got {secondary.tolist()}")
     return torch.cat([secondary[:primary], secondary.new_full((1,), -math.inf), secondary[primary:]])
-
-
-def _check_primary(primary: int, num_objectives: int) -> None:
-    if not 0 <= primary < num_objectives:
-        raise ValueError(f"primary must be an objective 0 .. {num_objectives - 1}; got {primary}")
 
 
 def _check_each_alone(problem: _Problem) -> None:

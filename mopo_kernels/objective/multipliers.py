@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mopo_kernels.backends.batch import Labels
 from mopo_kernels.checks import check_choice, check_eps, check_positive, check_tau
-from mopo_kernels.dual import (
+from mopo_kernels.objective.dual import (
     MAX_MULTIPLIER,
     InfeasibleThresholds,
     attainable_range,
@@ -22,9 +23,9 @@ from mopo_kernels.dual import (
     full_thresholds,
     solve_grouped,
 )
-from mopo_kernels.grouped_labels import group_labels, policy_bounds, policy_moments
-from mopo_kernels.objective import TargetPolicy, check_batch, target_bounds, target_policy
-from mopo_kernels.robust import bound_and_chi, bound_at, tilt
+from mopo_kernels.objective.dataset import group_labels, policy_bounds, policy_moments
+from mopo_kernels.objective.robust import bound_at, tilt
+from mopo_kernels.objective.target import LabelStatistics, TargetPolicy, label_statistics
 
 UpdateRule = Literal["exact", "sgd", "barrier"]
 
@@ -186,8 +187,13 @@ class MOPODual(nn.Module):
         win_rate: Tensor,  # [B, K] the batch of this rank
         group: Tensor,  # [B]
         lag_log_ratio: Tensor | None = None,  # [B]
+        *,
+        statistics: LabelStatistics | None = None,
     ) -> None:
         """One step of the update rule on a batch's labels.
+
+        `statistics` are the `label_statistics` of just these labels under the multipliers and eps in force, where they
+        are there already; under torch.distributed the labels of all ranks count, and they are computed again.
 
         Raises InfeasibleThresholds where a multiplier outgrows `max_multiplier`, and RuntimeError where eps="auto" has
         not been resolved by a `refresh`.
@@ -196,26 +202,32 @@ class MOPODual(nn.Module):
             raise RuntimeError('eps="auto" is resolved on the whole data set: call refresh before update')
         self._check_columns(win_rate)
         win_rate, group, lag_log_ratio = self._moved(*_gather_ranks(win_rate, group, lag_log_ratio))
-        check_batch(win_rate, group, self.multipliers, self.tau, lag_log_ratio)
-        target = target_policy(win_rate, group, self.multipliers, tau=self.tau, lag_log_ratio=lag_log_ratio)
-        if self.rule == "sgd":
-            lower_bounds, chi = self._descend_chi(target)
-        else:
-            lower_bounds, chi = target_bounds(target, float(self.eps))
-        self._record(target.win_rates(), lower_bounds, chi)
+        labels = Labels(win_rate, group, self.multipliers, lag_log_ratio, self.tau, float(self.eps), self._primary_index)
+        if statistics is None or statistics.slot.shape != group.shape:
+            statistics = label_statistics(
+                win_rate,
+                group,
+                self.multipliers,
+                tau=self.tau,
+                eps=labels.eps,
+                lag_log_ratio=lag_log_ratio,
+                primary=labels.primary,
+            )
+        values = statistics.to(self.multipliers.device).values
+        lower_bounds, chi = values.lower_bounds, values.chi
+        if self.rule == "sgd" and labels.eps > 0:
+            lower_bounds, chi = self._descend_chi(labels)
+        self._record(values.win_rates, lower_bounds, chi)
         self._move_multipliers(lower_bounds)
         self._check_multipliers(win_rate, group, lag_log_ratio)
         self.step += 1
 
-    def _descend_chi(self, target: TargetPolicy) -> tuple[Tensor, Tensor]:  # [K], [K]
+    def _descend_chi(self, labels: Labels) -> tuple[Tensor, Tensor]:  # [K], [K]
         """One gradient step on chi, and the bounds there."""
-        values, ref_weights = target.ratio_sample()
-        eps = float(self.eps)
-        if eps == 0:
-            return bound_and_chi(values, ref_weights, eps)
+        values, ref_weights = TargetPolicy.of(labels).ratio_sample()
         _, kl = tilt(values, ref_weights, 1 / self.chi.clamp(min=self.chi_min))
-        chi = (self.chi - self.chi_lr * (eps - kl)).clamp(min=self.chi_min)
-        return bound_at(values, ref_weights, chi, eps), chi
+        chi = (self.chi - self.chi_lr * (labels.eps - kl)).clamp(min=self.chi_min)
+        return bound_at(values, ref_weights, chi, labels.eps), chi
 
     def _record(self, win_rates: Tensor, lower_bounds: Tensor, chi: Tensor) -> None:
         """Keeps the newest estimates; NaN is an objective that the batch does not label."""

@@ -1,0 +1,1 @@
+"""The LM head: log-probabilities and gradients from hidden states, without a [tokens, vocab] tensor."""

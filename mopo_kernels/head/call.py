@@ -1,0 +1,131 @@
+"""What a call of the LM head is asked for: its tensors and its options, validated once and handed on whole.
+
+Torch's operators take neither, so `HeadCall.flat` and `HeadCall.unflat` stand on either side of that border.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mopo_kernels import backends
+from mopo_kernels.backends.fold import Transform
+from mopo_kernels.checks import check_positive
+
+Needs = tuple[bool, bool, bool]  # whether the gradients of hidden, weight and bias are asked for
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+
+class HeadInputs(NamedTuple):
+    """The tensors of a head, one row per token."""
+
+    hidden: Tensor  # [N, H], or [*, H] before they are flattened
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    target: Tensor  # [N] int64
+
+    @property
+    def needs(self) -> Needs:
+        """Which gradients autograd will ask for."""
+        hidden, weight, bias = (
+            torch.is_grad_enabled() and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)
+        )
+        return hidden, weight, bias
+
+    def flattened(self) -> HeadInputs:
+        """Leading dimensions as one."""
+        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]), target=self.target.reshape(-1))
+
+    def autocast(self) -> HeadInputs:
+        """The inputs as torch.autocast would hand them to a linear layer."""
+        device = self.hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (self.hidden, self.weight, self.bias)
+        )
+        return HeadInputs(hidden, weight, bias, self.target)
+
+
+class _Flat(NamedTuple):
+    """A HeadCall in numbers."""
+
+    inner: float
+    outer: float
+    softcap: float
+    ignore_index: float
+    workspace_bytes: float
+    average: float
+    needs_hidden: float
+    needs_weight: float
+    needs_bias: float
+    backend: float  # its place in the table
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """The options of a call: whoever has one need not check them again."""
+
+    transform: Transform
+    ignore_index: int
+    backend: str = "reference"
+    workspace_bytes: int | None = None  # None: as much as the device's default
+    needs: Needs = (False, False, False)
+    average: bool = False  # over the rows of a sequence that count
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        temperature: float,
+        ignore_index: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        workspace_bytes: int | None = None,
+        average: bool = False,
+    ) -> HeadCall:
+        """The options as a caller gives them.
+
+        Raises:
+            ValueError: a scale that is not positive and finite, a workspace without a byte.
+        """
+        check_positive(temperature=temperature, logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
+        if workspace_bytes is not None and workspace_bytes <= 0:
+            raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
+        transform = Transform.of(temperature, softcap, logit_scale)
+        return cls(transform, ignore_index, workspace_bytes=workspace_bytes, average=average)
+
+    def on(self, backend: str, needs: Needs = (False, False, False)) -> HeadCall:
+        """The same call, which this backend runs."""
+        return replace(self, backend=backend, needs=needs)
+
+    def flat(self) -> list[float]:
+        """The call as an operator takes it."""
+        names = list(backends.BACKENDS)
+        flat = _Flat(
+            *self.transform,
+            ignore_index=self.ignore_index,
+            workspace_bytes=self.workspace_bytes or 0,
+            average=self.average,
+            needs_hidden=self.needs[0],
+            needs_weight=self.needs[1],
+            needs_bias=self.needs[2],
+            backend=names.index(self.backend),
+        )
+        return [float(x) for x in flat]
+
+    @classmethod
+    def unflat(cls, numbers: list[float]) -> HeadCall:
+        flat = _Flat(*numbers)
+        return cls(
+            Transform(flat.inner, flat.outer, bool(flat.softcap)),
+            ignore_index=int(flat.ignore_index),
+            backend=list(backends.BACKENDS)[int(flat.backend)],
+            workspace_bytes=int(flat.workspace_bytes) or None,
+            needs=(bool(flat.needs_hidden), bool(flat.needs_weight), bool(flat.needs_bias)),
+            average=bool(flat.average),
+        )

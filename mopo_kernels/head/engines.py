@@ -1,0 +1,87 @@
+"""The two engines of an LM head, the protocol that they share, and the choice between them.
+
+    tiles   a block of rows × columns of logits at a time in memory (tiles.py)
+    cut     no logits in memory at all (cut.py): on request, or where rates measured on the GPU at hand say so
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mopo_kernels import backends
+from mopo_kernels.backends.fold import Statistics
+from mopo_kernels.backends.triton import cut
+from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
+from mopo_kernels.head.cut import CutEngine
+from mopo_kernels.head.plan import Logits, Sizes, plan_for, seconds
+from mopo_kernels.head.rates import rates_of
+from mopo_kernels.head.rows import Rows, count, split
+from mopo_kernels.head.tiles import TileEngine
+
+
+class Engine(Protocol):
+    """How an LM head is computed, block of rows by block of rows: a block's statistics before what is added for it."""
+
+    row_block: int  # rows that it takes at a time
+
+    def statistics(self, rows: Rows) -> Statistics:
+        """The statistics of a block of rows."""
+
+    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor) -> None:
+        """Add ∂(Σ coefficient · logp) of a block of rows; both float64."""
+
+    def finish(self) -> Gradients:
+        """The sums, in the dtypes of hidden, weight and bias; None where not needed."""
+
+
+def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None) -> str:
+    """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them."""
+    weight = inputs.weight
+    choice = backends.choose("linear_logprob", weight.device.type, asked, weight.dtype)
+    rates = rates_of(weight.device, weight.dtype)
+    if rates is None or choice.requested or choice.backend == "reference" or cut.UNAVAILABLE:
+        return choice.backend
+    rows = slice(0, inputs.hidden.shape[:-1].numel())
+    by_tiles, by_cut = seconds(Sizes.of(inputs, rows), plan_for(inputs, rows, call, "fused"), rates)
+    return "cut" if by_cut < by_tiles else choice.backend
+
+
+def make_engine(
+    inputs: HeadInputs,
+    call: HeadCall,
+    rows: Rows,
+    logits: Logits,
+    deal: Callable[[Any, int], Sequence[Rows]] = split,  # rows to blocks of at most so many
+) -> tuple[Engine, Sequence[Rows]]:
+    """The engine that the call's backend is, and the blocks in which it takes these rows."""
+    if call.backend == "cut":
+        row_block = max(count(rows), 1)
+        return CutEngine(inputs, call, row_block=row_block), deal(rows, row_block)
+    plan = plan_for(inputs, rows, call, logits)
+    blocks = deal(rows, plan.row_block)
+    return TileEngine(inputs, call, plan, blocks=blocks), blocks
+
+
+def fused_gradients(
+    engine: Engine,
+    target: Tensor,  # [N]
+    blocks: Sequence[Rows],  # whole groups where the coefficients need them
+    coefficient: Callable[[Rows, Tensor], Tensor],  # (rows, their logp, float64) → ∂L/∂logp, float64
+) -> Tensor:  # [N] float64, 0 where no block has the row
+    """Log-probabilities and, in the same pass, the gradients of a loss whose ∂L/∂logp needs one block's logp only."""
+    logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
+    for rows in blocks:
+        parts = split(rows, engine.row_block) if count(rows) > engine.row_block else [rows]
+        lse = []
+        for part in parts:
+            statistics = engine.statistics(part)
+            logp[part] = statistics.logp
+            lse.append(statistics.lse)
+        weights = coefficient(rows, logp[rows]).split(engine.row_block)
+        for part, part_lse, part_weights in zip(parts, lse, weights, strict=True):
+            engine.add(part, part_lse, part_weights.contiguous())
+    return logp

@@ -1,0 +1,1 @@
+"""Measuring: imports the rest of the package, and nothing imports it."""
