@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Forward cut kernel: statistics of hidden · weightᵀ, a tile of which lives on the chip only.
 
-    z = transform(hidden · weightᵀ, bias);  max = max z,  sum = Σ exp(z − max),  target = z at the target column
+    z = transform(hidden · weightᵀ, bias);   maximum = max z,   total = Σ exp(z − maximum),   chosen = z at the target
 
 A program takes a block of rows through one part of the vocabulary; the parts are combined afterwards, in their order.
 """
@@ -15,20 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mopo_kernels.backends.cut_tile import (
-    ENOUGH_PROGRAMS,
-    GROUP,
-    Blocks,
-    blocks_for,
-    dot_precision,
-    form_logits,
-    parts_of,
-    row_pointers,
-    tanh,
-    with_contiguous_rows,
-)
-from mopo_kernels.backends.fold import Statistics, Transform
-from mopo_kernels.backends.triton_fold import scaled
+from mopo_kernels.backends.fold import Statistics
+from mopo_kernels.backends.triton.cut_logits import form_logits, row_pointers
+from mopo_kernels.backends.triton.cut_tile import ENOUGH_PROGRAMS, Blocks, CutInputs, blocks_for, parts_of
+from mopo_kernels.backends.triton.transform import rescaled, transformed
 
 
 @triton.jit
@@ -36,9 +26,9 @@ def cut_statistics_kernel(
     hidden,  # [N, H]
     weight,  # [V, H]
     target,  # [N]
-    part_max,  # [parts, N]
-    part_sum,  # [parts, N]
-    part_target,  # [parts, N]
+    part_maximum,  # [parts, N]
+    part_total,  # [parts, N]
+    part_chosen,  # [parts, N]
     bias,  # [V] or None
     hidden_row_stride: tl.int64,
     weight_row_stride: tl.int64,
@@ -62,59 +52,49 @@ def cut_statistics_kernel(
     hidden_rows = row_pointers(hidden, row, rows, hidden_row_stride)
     row_target = tl.load(target + row, mask=row < rows, other=0).to(tl.int32)
 
-    max = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    sum = tl.zeros([BLOCK_N], tl.float64)  # of thousands of blocks, whose roundings may all go one way
-    target_z = max
+    maximum = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float64)  # of thousands of blocks, whose roundings may all go one way
+    chosen = maximum
     for block_v in range(part * part_blocks, tl.minimum((part + 1) * part_blocks, tl.cdiv(vocab, BLOCK_V))):
         column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
         weight_rows = row_pointers(weight, column, vocab, weight_row_stride)
         logits = form_logits(hidden_rows, weight_rows, hidden_size, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION)
-        z = scaled(logits, bias, column, column < vocab, inner)
-        if SOFTCAP:
-            z = outer * tanh(z)
-        z = tl.where((column < vocab)[None, :], z, float("-inf"))
-        target_z = tl.maximum(target_z, tl.max(tl.where(column[None, :] == row_target[:, None], z, float("-inf")), 1))
-        largest = tl.maximum(max, tl.max(z, 1))
-        shift = tl.where(largest == float("-inf"), 0, largest)  # any finite shift makes exp(−∞ − shift) 0
-        sum = sum * tl.exp(max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-        max = largest
+        z, _ = transformed(logits, bias, column[None, :], (column < vocab)[None, :], inner, outer, SOFTCAP, True)
+        is_target = column[None, :] == row_target[:, None]
+        chosen = tl.maximum(chosen, tl.max(tl.where(is_target, z, float("-inf")), 1))
+        maximum, total, shift = rescaled(maximum, total, tl.max(z, 1))
+        total += tl.sum(tl.exp(z - shift[:, None]), 1)
 
     place = part.to(tl.int64) * rows + row
-    tl.store(part_max + place, max, mask=row < rows)
-    tl.store(part_sum + place, sum, mask=row < rows)
-    tl.store(part_target + place, target_z, mask=row < rows)
+    tl.store(part_maximum + place, maximum, mask=row < rows)
+    tl.store(part_total + place, total, mask=row < rows)
+    tl.store(part_chosen + place, chosen, mask=row < rows)
 
 
-def cut_statistics(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    target: Tensor,  # [N] int64
-    transform: Transform,
-    *,
-    bias: Tensor | None = None,  # [V]
-    blocks: Blocks | None = None,  # instead of the table's
-) -> Statistics:
-    """Statistics of all rows; a target outside [0, V) gives −inf."""
-    blocks = blocks or blocks_for("statistics", hidden)
-    hidden, weight = with_contiguous_rows(hidden), with_contiguous_rows(weight)
-    (rows, hidden_size), vocab = hidden.shape, len(weight)
-    row_blocks, column_blocks = triton.cdiv(rows, blocks.BLOCK_N), triton.cdiv(vocab, blocks.BLOCK_V)
+def cut_statistics(inputs: CutInputs, *, blocks: Blocks | None = None) -> Statistics:
+    """Statistics of all rows; a target outside [0, V) gives −inf. Blocks replace the table's.
+
+    Floor: 2·N·H·V flops; (N + V)·H elements read.
+    """
+    blocks = blocks or blocks_for("statistics", inputs.hidden)
+    rows, vocab, _ = inputs.sizes
+    row_blocks, column_blocks = blocks.along(rows, vocab)
     parts, part_blocks = parts_of(column_blocks, triton.cdiv(ENOUGH_PROGRAMS, max(row_blocks, 1)))
-    of_parts = hidden.new_empty(3, parts, rows, dtype=torch.float64)
+    of_parts = inputs.hidden.new_empty(3, parts, rows, dtype=torch.float64)
     if rows > 0:
-        with torch.cuda.device_of(hidden):
+        with torch.cuda.device_of(inputs.hidden):
             cut_statistics_kernel[(row_blocks * parts,)](
-                *(hidden, weight, target, *of_parts, bias, hidden.stride(0), weight.stride(0)),
-                *(rows, vocab, hidden_size, parts, part_blocks, transform.inner, transform.outer),
-                SOFTCAP=transform.softcap,
-                PRECISION=dot_precision(hidden.dtype),
-                GROUP=GROUP,
-                **blocks._asdict(),
+                **inputs.arguments(blocks),
+                part_maximum=of_parts[0],
+                part_total=of_parts[1],
+                part_chosen=of_parts[2],
+                parts=parts,
+                part_blocks=part_blocks,
             )
     return _combined(*of_parts)
 
 
-def _combined(part_max: Tensor, part_sum: Tensor, part_target: Tensor) -> Statistics:  # [parts, N] each
-    largest = part_max.amax(0)
-    shift = largest.masked_fill(largest == -math.inf, 0)
-    return Statistics(largest, (part_sum * (part_max - shift).exp()).sum(0), part_target.amax(0))
+def _combined(part_maximum: Tensor, part_total: Tensor, part_chosen: Tensor) -> Statistics:  # [parts, N] each
+    maximum = part_maximum.amax(0)
+    shift = maximum.masked_fill(maximum == -math.inf, 0)
+    return Statistics(maximum, (part_total * (part_maximum - shift).exp()).sum(0), part_chosen.amax(0))

@@ -1,8 +1,8 @@
-# mypy: allow-untyped-defs
-"""What the cut kernels share: a tile of logits formed on the chip, and the block sizes that the launchers read.
+"""What launchers of cut kernels share: inputs, their arguments of the kernels, and the block sizes.
 
-cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu_report.py found fastest on that GPU, or, where
-it has not run yet, what compiles without spills (docs/aot.md). "default" suits any GPU with 99 KB of shared memory.
+cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu/gpu_report.py found fastest on that GPU, or,
+where it has not run yet, what compiles without spills (docs/aot.md). "default" suits any GPU with 99 KB of shared
+memory.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from mopo_kernels.backends.fold import Transform
 
 KERNELS = ("statistics", "gradients", "grad_hidden", "grad_weight")
 GROUP = 8  # blocks of rows whose programs run side by side, so that they find each other's blocks of weight in L2
 ENOUGH_PROGRAMS = 1024  # for the largest GPU to be busy to the end of its last wave
-# The interpreter's dot takes bfloat16 for integers.
-INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Blocks(NamedTuple):
@@ -32,6 +30,47 @@ class Blocks(NamedTuple):
     BLOCK_H: int
     num_warps: int
     num_stages: int
+
+    def along(self, rows: int, vocab: int) -> tuple[int, int]:
+        """How many cover the rows, and the vocabulary."""
+        return -(-rows // self.BLOCK_N), -(-vocab // self.BLOCK_V)
+
+
+class CutInputs(NamedTuple):
+    """An LM head's inputs: everything but the sizes of blocks that statistics are computed from."""
+
+    hidden: Tensor  # [N, H] float16, bfloat16 or float32; any strides
+    weight: Tensor  # [V, H] likewise
+    target: Tensor  # [N] int64, contiguous
+    transform: Transform
+    bias: Tensor | None = None  # [V] float32, contiguous
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """N, V and H."""
+        return len(self.hidden), len(self.weight), self.hidden.shape[1]
+
+    def arguments(self, blocks: Blocks) -> dict[str, Any]:
+        """What all cut kernels take."""
+        hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.hidden, self.weight))
+        rows, vocab, hidden_size = self.sizes
+        return {
+            "hidden": hidden,
+            "weight": weight,
+            "target": self.target,
+            "bias": self.bias,
+            "hidden_row_stride": hidden.stride(0),
+            "weight_row_stride": weight.stride(0),
+            "rows": rows,
+            "vocab": vocab,
+            "hidden_size": hidden_size,
+            "inner": self.transform.inner,
+            "outer": self.transform.outer,
+            "SOFTCAP": self.transform.softcap,
+            "PRECISION": dot_precision(hidden.dtype),
+            "GROUP": GROUP,
+            **blocks._asdict(),
+        }
 
 
 # BLOCK_N, BLOCK_V, BLOCK_H and num_warps that spill on no architecture of docs/aot.md.
@@ -93,49 +132,5 @@ def parts_of(column_blocks: int, wanted: int) -> tuple[int, int]:
 
     Shapes alone decide how many are wanted, so that sums run in the same order on any GPU.
     """
-    part_blocks = max(1, triton.cdiv(column_blocks, max(1, wanted)))
-    return max(1, triton.cdiv(column_blocks, part_blocks)), part_blocks
-
-
-def with_contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-@triton.jit
-def row_pointers(x, row, rows, row_stride):
-    """Where rows begin; behind the last one, the last one again, so that what is read there is never masked."""
-    return x + tl.minimum(row, rows - 1).to(tl.int64) * row_stride
-
-
-@triton.jit
-def dot(left, right, total, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
-
-
-@triton.jit
-def form_logits(
-    hidden_rows,  # [BLOCK_N] pointers
-    weight_rows,  # [BLOCK_V] pointers
-    hidden_size,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """hidden · weightᵀ, [BLOCK_N, BLOCK_V] float32."""
-    logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for first in range(0, hidden_size, BLOCK_H):
-        h = first + tl.arange(0, BLOCK_H)
-        inside = (h < hidden_size)[None, :]
-        hidden = tl.load(hidden_rows[:, None] + h[None, :], mask=inside, other=0)
-        weight = tl.load(weight_rows[:, None] + h[None, :], mask=inside, other=0)
-        logits = dot(hidden, tl.trans(weight), logits, PRECISION)
-    return logits
-
-
-@triton.jit
-def tanh(x):
-    """Within 4e-7, absolutely. What triton_fold spends on values near 0 costs wide tiles their registers."""
-    return 1 - 2 / (tl.exp(2 * x) + 1)
+    part_blocks = max(1, -(-column_blocks // max(1, wanted)))
+    return max(1, -(-column_blocks // part_blocks)), part_blocks

@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, for GPUs that this machine need not have, and write docs/aot.md.
 
-python bench/aot_report.py
+python bench/gpu/aot_report.py
 """
 
 from __future__ import annotations
@@ -9,20 +9,17 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import triton
+from aot_configurations import Configuration, of_batch, of_fold, of_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mopo_kernels.backends import cut, cut_tile, triton_batch, triton_fold
-from mopo_kernels.backends.configuration import Configuration
-
-PAGE = Path(__file__).parents[1] / "docs" / "aot.md"
+PAGE = Path(__file__).parents[2] / "docs" / "aot.md"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}  # in PTX
 
@@ -34,15 +31,15 @@ GPU. The lists below show that
 - the cut kernels and the fold kernels spill no registers (stack 0) and fit the shared memory of their GPU,
 - products of 16 bits run on tensor cores: `mma` on sm_80, `wgmma` on sm_90, `tcgen05` on sm_100; float32 is multiplied
   as float32 (unless torch may use TF32),
-- the objective's kernel, one program for a whole batch, has its stack where a batch has a thousand responses or more.
+- the kernel of label statistics, one program for a whole batch, has its stack where a batch has thousands of responses.
 
 They say nothing about speed, nor about rows of hidden and weight that are not a multiple of 16 elements long: these
-work, and may spill. tests/test_aot.py asserts what stands here, and the same of all blocks that bench/gpu_report.py
+work, and may spill. tests/test_aot.py asserts what stands here, and the same of all blocks that bench/gpu/gpu_report.py
 times.
 
-Written by `python bench/aot_report.py` with Triton {version}. A line holds the largest numbers of all configurations
+Written by `python bench/gpu/aot_report.py` with Triton {version}. A line holds the largest numbers of all configurations
 that differ in options only (softcap, bias, gradients needed, alignment of a fold's rows). The cut kernels' blocks are
-those of mopo_kernels/backends/cut_blocks.json for that architecture; its "default" stands for all other GPUs. Registers
+those of mopo_kernels/backends/triton/cut_blocks.json for that architecture; its "default" stands for all other GPUs. Registers
 and bytes of stack are per thread, bytes of shared memory per block.
 """
 
@@ -83,28 +80,6 @@ def resources(configuration: Configuration, architecture: str) -> Resources:
     )
 
 
-def table_configurations(
-    entry: str,  # of cut_blocks.json
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
-) -> Iterator[Configuration]:
-    """What the cut kernels' launchers can choose where this entry counts."""
-    for dtype in dtypes:
-        for kernel, blocks in cut_tile.TABLE[entry][str(dtype).removeprefix("torch.")].items():
-            yield from cut.configurations(kernel, dtype, blocks)
-
-
-def candidate_configurations() -> Iterator[Configuration]:
-    """What bench/gpu_report.py times, with all options: those of more work are not always those that spill."""
-    for dtype in (torch.bfloat16, torch.float32):
-        for kernel in cut_tile.KERNELS:
-            for blocks in cut_tile.candidates(kernel, dtype):
-                yield from cut.configurations(kernel, dtype, blocks)
-
-
-def fold_and_batch_configurations() -> list[Configuration]:
-    return [*triton_fold.configurations(), *triton_batch.configurations()]
-
-
 def all_resources(configurations: Iterable[Configuration], architecture: str) -> list[Resources]:
     """In this many threads: what takes the time, Triton's passes and ptxas, lets others run."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -114,8 +89,8 @@ def all_resources(configurations: Iterable[Configuration], architecture: str) ->
 def _page() -> str:
     sections = [TEXT.format(version=triton.__version__)]
     for architecture in ARCHITECTURES:
-        configurations = {f"Cut kernels, {x}": list(table_configurations(x)) for x in (architecture, "default")}
-        configurations["Fold and batch"] = fold_and_batch_configurations()
+        configurations = {f"Cut kernels, {x}": list(of_table(x)) for x in (architecture, "default")}
+        configurations["Fold and batch"] = [*of_fold(), *of_batch()]
         for name, found in configurations.items():
             sections.append(f"## {architecture}: {name}\n\n{_table(all_resources(found, architecture))}\n")
     return "\n".join(sections)
