@@ -17,6 +17,7 @@ from mopo_kernels.checks import (
     check_choice,
     check_head,
     check_logits,
+    check_result,
     check_sequences,
     check_target,
     token_ids,
@@ -127,8 +128,11 @@ def token_logprob(
     call = call.on(backends.choose("token_logprob", logits.device.type, backend).backend)
     rows, targets = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if call.backend == "reference":
-        return reference.token_logprob(rows, targets, call.transform, ignore_index).reshape(target.shape)
-    return run_token_logprob(rows, targets, call, overwrite_logits=overwrite_logits).reshape(target.shape)
+        logp = reference.token_logprob(rows, targets, call.transform, ignore_index)
+        check_result(logp, logits=logits)
+    else:
+        logp = run_token_logprob(rows, targets, call, overwrite_logits=overwrite_logits)
+    return logp.reshape(target.shape)
 
 
 def sequence_logprob(
@@ -196,6 +200,7 @@ def _rows(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [*]
     flat = inputs.flattened()
     if call.backend == "reference":
         logp = reference.linear_logprob(*flat, call.transform, call.ignore_index, call.workspace_bytes)
+        check_result(logp, hidden=flat.hidden, weight=flat.weight, bias=flat.bias)
     else:
         logp = run_linear_logprob(flat, call)
     return logp.reshape(inputs.target.shape)
