@@ -1,8 +1,8 @@
 """Fused, memory-flat operations for multi-objective preference optimisation (MOPO, arXiv 2505.10892)."""
 
-from mopo_kernels.objective.dual import DualSolution, InfeasibleThresholds, solve_dual
 from mopo_kernels.logprob import linear_logprob, sequence_logprob, token_logprob
 from mopo_kernels.loss import MOPOOutput, mopo_loss, mopo_objective, mopo_weights
+from mopo_kernels.objective.dual import DualSolution, InfeasibleThresholds, solve_dual
 from mopo_kernels.objective.labels import win_rate_from_comparisons, win_rate_from_pairs
 from mopo_kernels.objective.multipliers import MOPODual, barrier_multipliers
 from mopo_kernels.objective.robust import robust_bound

@@ -107,7 +107,7 @@ def check_label_shapes(labels: Labels) -> None:
 def check_label_values(labels: Labels) -> None:
     """Raise for the value that a batch's `valid` flag speaks of."""
     _check_unit_interval("win_rate", labels.win_rate)
-    ids, inverse, counts = labels.group.unique(return_inverse=True, return_counts=True)
+    _, inverse, counts = labels.group.unique(return_inverse=True, return_counts=True)
     check_group_sizes(labels.group, counts[inverse])
     multipliers, primary = labels.multipliers, labels.primary
     if not ((multipliers >= 0) & multipliers.isfinite()).all():
@@ -118,7 +118,9 @@ def check_label_values(labels: Labels) -> None:
             "divide all of them by it, or change tau"
         )
     check_lag_finite(labels.lag_log_ratio)
-    raise RuntimeError(f"labels of {len(ids)} groups are refused although nothing is wrong with them: please report this")
+    raise RuntimeError(
+        f"labels of {len(ids)} groups are refused although nothing is wrong with them: please report this"
+    )
 
 
 def check_per_response(num_responses: int, **tensors: Tensor | None) -> None:

@@ -24,9 +24,9 @@ from mopo_kernels.checks import (
 )
 from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.engines import choose_backend
-from mopo_kernels.head.ops import run_linear_logprob
+from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.policy import run_total_logprob
-from mopo_kernels.head.tokens import run_token_logprob
+from mopo_kernels.head.tokens import run_logits_logprob
 from mopo_kernels.objective import ops
 
 
@@ -128,10 +128,10 @@ def token_logprob(
     call = call.on(backends.choose("token_logprob", logits.device.type, backend).backend)
     rows, targets = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if call.backend == "reference":
-        logp = reference.token_logprob(rows, targets, call.transform, ignore_index)
+        logp = reference.logits_logprob(rows, targets, call.transform, ignore_index)
         check_result(logp, logits=logits)
     else:
-        logp = run_token_logprob(rows, targets, call, overwrite_logits=overwrite_logits)
+        logp = run_logits_logprob(rows, targets, call, overwrite_logits=overwrite_logits)
     return logp.reshape(target.shape)
 
 
@@ -199,8 +199,8 @@ def _rows(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [*]
     """`linear_logprob` of checked arguments."""
     flat = inputs.flattened()
     if call.backend == "reference":
-        logp = reference.linear_logprob(*flat, call.transform, call.ignore_index, call.workspace_bytes)
+        logp = reference.head_logprob(*flat, call.transform, call.ignore_index, call.workspace_bytes)
         check_result(logp, hidden=flat.hidden, weight=flat.weight, bias=flat.bias)
     else:
-        logp = run_linear_logprob(flat, call)
+        logp = run_head_logprob(flat, call)
     return logp.reshape(inputs.target.shape)

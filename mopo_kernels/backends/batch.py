@@ -12,9 +12,9 @@ multipliers λ and lag ratios ω (1 where none are given), with G groups and G_k
                   χ = ∞ at eps = 0 and 0 where the KL ball reaches the smallest value; all NaN where G_k = 0
     ess           (Σ w)² / Σ w²
     kl            1/G Σ w_i (log w_i − log r_i)
-    valid         1, or 0 where a value is one that `label_statistics` refuses: a win rate outside [0, 1], a group of one
-                  response, a multiplier that is negative or not finite, one that is not 1 at the primary, or a lag ratio
-                  that is not finite
+    valid         1, or 0 where a value is one that `label_statistics` refuses: a win rate outside [0, 1], a group of
+                  one response, a multiplier that is negative or not finite, one that is not 1 at the primary, or a lag
+                  ratio that is not finite
 
 Arithmetic and sums are float64, in an order that depends on shapes only. Every backend of the two is a module with
 these functions.

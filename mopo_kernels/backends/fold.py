@@ -5,7 +5,7 @@ vocabulary, row-major with any row stride. With the transform folded into three 
 
     u = inner · (logit + bias);   z = outer · tanh(u) with a softcap, else u
 
-    fold_statistics   per row, online over tiles:  maximum ← max z,  total ← Σ exp(z − maximum),  chosen ← z at the target
+    fold_statistics   per row, online over tiles:  maximum ← max z,  total ← Σ exp(z − maximum),  chosen ← z[target]
     fold_gradient     out ← coefficient · (onehot(target) − exp(z − lse)) · dz/dlogit
 
 so that lse = maximum + log total, logp = chosen − lse, and `out` is ∂(Σ coefficient · logp)/∂logit, ready for the two

@@ -19,7 +19,7 @@ from mopo_kernels.backends.fold import Transform
 UNAVAILABLE = ""
 
 
-def linear_logprob(
+def head_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
@@ -41,7 +41,7 @@ def linear_logprob(
     return logp.new_zeros(target.shape).index_copy(0, rows, logp)
 
 
-def token_logprob(
+def logits_logprob(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
     transform: Transform,
@@ -61,9 +61,7 @@ def sequence_sums(
     return torch.where(counts, logp, 0).sum(-1, dtype=torch.float64), counts.sum(-1)
 
 
-def _block_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, transform: Transform
-) -> Tensor:
+def _block_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, transform: Transform) -> Tensor:
     return _gather_logprob(torch.nn.functional.linear(hidden, weight, bias), target, transform)
 
 

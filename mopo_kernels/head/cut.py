@@ -35,8 +35,10 @@ class CutEngine:
 
     def finish(self) -> Gradients:
         _, weight, bias, _ = self.inputs
-        return self.grad_hidden, _finished(self.grad_weight, weight, self.call.needs[1]), _finished(
-            self.grad_bias, bias, self.call.needs[2]
+        return (
+            self.grad_hidden,
+            _finished(self.grad_weight, weight, self.call.needs[1]),
+            _finished(self.grad_bias, bias, self.call.needs[2]),
         )
 
     def _block(self, rows: Rows) -> cut.CutInputs:

@@ -1,7 +1,7 @@
 """The two engines of an LM head, the protocol that they share, and the choice between them.
 
-    tiles   a block of rows × columns of logits at a time in memory (tiles.py)
-    cut     no logits in memory at all (cut.py): on request, or where rates measured on the GPU at hand say so
+tiles   a block of rows × columns of logits at a time in memory (tiles.py)
+cut     no logits in memory at all (cut.py): on request, or where rates measured on the GPU at hand say so
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from mopo_kernels.head.tiles import TileEngine
 Present = tuple[Tensor, Tensor, Tensor]  # gradients of hidden, weight and bias; [0] where not needed
 
 
-def run_linear_logprob(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [N]
-    """What `reference.linear_logprob` computes, by an engine."""
-    return linear_logprob(*inputs, call.flat(), _what_to_save(inputs, call))[0]
+def run_head_logprob(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [N]
+    """What `reference.head_logprob` computes, by an engine."""
+    return head_logprob(*inputs, call.flat(), _what_to_save(inputs, call))[0]
 
 
 def _what_to_save(inputs: HeadInputs, call: HeadCall) -> str:
@@ -40,7 +40,7 @@ def _what_to_save(inputs: HeadInputs, call: HeadCall) -> str:
 
 
 @torch.library.custom_op("mopo_kernels::linear_logprob", mutates_args=())
-def linear_logprob(
+def head_logprob(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
@@ -74,7 +74,7 @@ def linear_logprob(
     return logp.to(accumulate_dtype(weight.dtype)), lse, saved
 
 
-@linear_logprob.register_fake
+@head_logprob.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: list[float], save: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _kept_shape(target: Tensor, weight: Tensor, save: str) -> tuple[int, ...]:
 
 
 @torch.library.custom_op("mopo_kernels::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward(
+def head_logprob_backward(
     grad_logp: Tensor,  # [N]
     hidden: Tensor,
     weight: Tensor,
@@ -116,7 +116,7 @@ def linear_logprob_backward(
     return present(engine.finish(), weight)
 
 
-@linear_logprob_backward.register_fake
+@head_logprob_backward.register_fake
 def _(
     grad_logp: Tensor,
     hidden: Tensor,
@@ -172,7 +172,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, *_: None) -> tuple[Tensor | No
         needs = ctx.needs_input_grad[:3]
         call = HeadCall.unflat(ctx.call)
         flat = call.on(call.backend, needs).flat()
-        gradients = linear_logprob_backward(grad_logp, hidden, weight, bias, target, lse, saved, flat)
+        gradients = head_logprob_backward(grad_logp, hidden, weight, bias, target, lse, saved, flat)
         grad_hidden, grad_weight, grad_bias = (x if need else None for x, need in zip(gradients, needs, strict=True))
     return grad_hidden, grad_weight, grad_bias, None, None, None
 
@@ -188,6 +188,6 @@ def _(gradient: Tensor, scale: Tensor, hidden: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
 
-linear_logprob.register_autograd(_backward, setup_context=_save)
-refuse_double_backward(linear_logprob_backward)
+head_logprob.register_autograd(_backward, setup_context=_save)
+refuse_double_backward(head_logprob_backward)
 refuse_double_backward(_scale_rows)

@@ -24,6 +24,7 @@ from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.plan import Plan, accumulate_dtype
 from mopo_kernels.head.rows import Rows, count, put, take
 
+
 class TileEngine:
     """An engine whose logits are a tile at a time in memory."""
 

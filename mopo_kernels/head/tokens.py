@@ -19,20 +19,20 @@ from mopo_kernels.head.ops import refuse_double_backward
 from mopo_kernels.head.plan import accumulate_dtype
 
 
-def run_token_logprob(
+def run_logits_logprob(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
     call: HeadCall,
     *,
     overwrite_logits: bool,
 ) -> Tensor:  # [N]
-    """What `reference.token_logprob` computes, by the fold kernels."""
+    """What `reference.logits_logprob` computes, by the fold kernels."""
     overwrite = overwrite_logits and not torch.compiler.is_compiling()  # a compiler plans memory itself
-    return token_logprob(logits, target, call.flat(), overwrite)[0]
+    return logits_logprob(logits, target, call.flat(), overwrite)[0]
 
 
 @torch.library.custom_op("mopo_kernels::token_logprob", mutates_args=())
-def token_logprob(
+def logits_logprob(
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
     call: list[float],
@@ -49,14 +49,14 @@ def token_logprob(
     return logp.to(accumulate_dtype(logits.dtype)), torch.where(counts, statistics.lse, 0)
 
 
-@token_logprob.register_fake
+@logits_logprob.register_fake
 def _(logits: Tensor, target: Tensor, call: list[float], overwrite: bool) -> tuple[Tensor, Tensor]:
     logp = logits.new_empty(target.shape, dtype=accumulate_dtype(logits.dtype))
     return logp, logits.new_empty(target.shape, dtype=torch.float64)
 
 
 @torch.library.custom_op("mopo_kernels::token_logprob_backward", mutates_args=())
-def token_logprob_backward(
+def logits_logprob_backward(
     grad_logp: Tensor,  # [N]
     logits: Tensor,  # [N, V]
     target: Tensor,  # [N]
@@ -68,13 +68,13 @@ def token_logprob_backward(
     return grad
 
 
-@token_logprob_backward.register_fake
+@logits_logprob_backward.register_fake
 def _(grad_logp: Tensor, logits: Tensor, target: Tensor, lse: Tensor, call: list[float]) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("mopo_kernels::token_logprob_overwrite", mutates_args=("logits",))
-def token_logprob_overwrite(
+def logits_logprob_overwrite(
     grad_logp: Tensor,  # [N]
     logits: Tensor,  # [N, V], row-major
     target: Tensor,  # [N]
@@ -85,7 +85,7 @@ def token_logprob_overwrite(
     _fold_gradient(grad_logp, logits, target, lse, call, logits)
 
 
-@token_logprob_overwrite.register_fake
+@logits_logprob_overwrite.register_fake
 def _(grad_logp: Tensor, logits: Tensor, target: Tensor, lse: Tensor, call: list[float]) -> None:
     return None
 
@@ -118,11 +118,11 @@ def _logits_backward(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple[Tenso
     logits, target, lse = ctx.saved_tensors
     if ctx.overwrite and not torch.is_grad_enabled():
         grad = _row_major(logits.detach())
-        token_logprob_overwrite(grad_logp, grad, target, lse, ctx.call)
+        logits_logprob_overwrite(grad_logp, grad, target, lse, ctx.call)
     else:
-        grad = token_logprob_backward(grad_logp, logits, target, lse, ctx.call)
+        grad = logits_logprob_backward(grad_logp, logits, target, lse, ctx.call)
     return grad, None, None, None
 
 
-token_logprob.register_autograd(_logits_backward, setup_context=_save_logits)
-refuse_double_backward(token_logprob_backward)
+logits_logprob.register_autograd(_logits_backward, setup_context=_save_logits)
+refuse_double_backward(logits_logprob_backward)

@@ -17,8 +17,8 @@ from mopo_kernels.checks import (
     check_per_response,
     check_probabilities,
 )
-from mopo_kernels.objective.target import NEUTRAL
 from mopo_kernels.objective.robust import bound_and_chi
+from mopo_kernels.objective.target import NEUTRAL
 
 
 class Bucket(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mopo_kernels.backends.batch import Labels
 from mopo_kernels.checks import check_choice, check_eps, check_positive, check_tau
+from mopo_kernels.objective.dataset import group_labels, policy_bounds, policy_moments
 from mopo_kernels.objective.dual import (
     MAX_MULTIPLIER,
     InfeasibleThresholds,
@@ -23,7 +24,6 @@ from mopo_kernels.objective.dual import (
     full_thresholds,
     solve_grouped,
 )
-from mopo_kernels.objective.dataset import group_labels, policy_bounds, policy_moments
 from mopo_kernels.objective.robust import bound_at, tilt
 from mopo_kernels.objective.target import LabelStatistics, TargetPolicy, label_statistics
 
@@ -202,7 +202,9 @@ class MOPODual(nn.Module):
             raise RuntimeError('eps="auto" is resolved on the whole data set: call refresh before update')
         self._check_columns(win_rate)
         win_rate, group, lag_log_ratio = self._moved(*_gather_ranks(win_rate, group, lag_log_ratio))
-        labels = Labels(win_rate, group, self.multipliers, lag_log_ratio, self.tau, float(self.eps), self._primary_index)
+        labels = Labels(
+            win_rate, group, self.multipliers, lag_log_ratio, self.tau, float(self.eps), self._primary_index
+        )
         if statistics is None or statistics.slot.shape != group.shape:
             statistics = label_statistics(
                 win_rate,

@@ -14,11 +14,11 @@ from mopo_kernels.backends.batch import Labels, LabelValues
 def run_label_statistics(labels: Labels, backend: str) -> tuple[Tensor, Tensor]:
     """slot[B] and the buffer of LabelValues."""
     tensors = labels.win_rate, labels.group, labels.multipliers, labels.lag_log_ratio
-    return label_statistics(*tensors, [float(labels.tau), float(labels.eps)], labels.primary, backend)
+    return measure_labels(*tensors, [float(labels.tau), float(labels.eps)], labels.primary, backend)
 
 
 @torch.library.custom_op("mopo_kernels::label_statistics", mutates_args=())
-def label_statistics(
+def measure_labels(
     win_rate: Tensor,  # [B, K]
     group: Tensor,  # [B]
     multipliers: Tensor,  # [K]
@@ -32,7 +32,7 @@ def label_statistics(
     return backends.batch(backend).label_statistics(labels)
 
 
-@label_statistics.register_fake
+@measure_labels.register_fake
 def _(
     win_rate: Tensor,
     group: Tensor,

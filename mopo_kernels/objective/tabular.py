@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mopo_kernels.checks import check_tau
-from mopo_kernels.objective.dual import full_thresholds, solve_grouped
 from mopo_kernels.objective.dataset import Bucket, GroupedLabels
+from mopo_kernels.objective.dual import full_thresholds, solve_grouped
 
 
 @dataclass(frozen=True)
