@@ -118,9 +118,7 @@ def check_label_values(labels: Labels) -> None:
             "divide all of them by it, or change tau"
         )
     check_lag_finite(labels.lag_log_ratio)
-    raise RuntimeError(
-        f"labels of {len(ids)} groups are refused although nothing is wrong with them: please report this"
-    )
+    raise RuntimeError("the labels' backend refuses values in which nothing is wrong: please report this")
 
 
 def check_per_response(num_responses: int, **tensors: Tensor | None) -> None:

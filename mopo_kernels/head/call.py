@@ -45,10 +45,12 @@ class HeadInputs(NamedTuple):
         if not torch.is_autocast_enabled(device):
             return self
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = (
-            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (self.hidden, self.weight, self.bias)
-        )
-        return HeadInputs(hidden, weight, bias, self.target)
+
+        def cast(x: Tensor) -> Tensor:
+            return x if x.dtype == torch.float64 else x.to(dtype)
+
+        bias = None if self.bias is None else cast(self.bias)
+        return HeadInputs(cast(self.hidden), cast(self.weight), bias, self.target)
 
 
 class _Flat(NamedTuple):

@@ -29,7 +29,7 @@ class CutEngine:
 
     def add(self, rows: Rows, lse: Tensor, coefficient: Tensor) -> None:
         gradients = cut.cut_gradients(self._block(rows), lse, coefficient, self.call.needs)
-        if self.grad_hidden is not None:
+        if self.grad_hidden is not None and gradients[0] is not None:
             put(self.grad_hidden, rows, gradients[0])
         self.grad_weight, self.grad_bias = _sum(self.grad_weight, gradients[1]), _sum(self.grad_bias, gradients[2])
 

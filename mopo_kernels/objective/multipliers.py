@@ -202,22 +202,13 @@ class MOPODual(nn.Module):
             raise RuntimeError('eps="auto" is resolved on the whole data set: call refresh before update')
         self._check_columns(win_rate)
         win_rate, group, lag_log_ratio = self._moved(*_gather_ranks(win_rate, group, lag_log_ratio))
-        labels = Labels(
-            win_rate, group, self.multipliers, lag_log_ratio, self.tau, float(self.eps), self._primary_index
-        )
+        primary, eps = self._primary_index, float(self.eps)
+        labels = Labels(win_rate, group, self.multipliers, lag_log_ratio, self.tau, eps, primary)
         if statistics is None or statistics.slot.shape != group.shape:
-            statistics = label_statistics(
-                win_rate,
-                group,
-                self.multipliers,
-                tau=self.tau,
-                eps=labels.eps,
-                lag_log_ratio=lag_log_ratio,
-                primary=labels.primary,
-            )
+            statistics = label_statistics(**labels._asdict())
         values = statistics.to(self.multipliers.device).values
         lower_bounds, chi = values.lower_bounds, values.chi
-        if self.rule == "sgd" and labels.eps > 0:
+        if self.rule == "sgd" and eps > 0:
             lower_bounds, chi = self._descend_chi(labels)
         self._record(values.win_rates, lower_bounds, chi)
         self._move_multipliers(lower_bounds)

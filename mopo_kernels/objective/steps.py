@@ -47,8 +47,8 @@ class StepTarget(NamedTuple):
 
     def take(self, index: Tensor) -> StepTarget:
         """The sequences at `index`, in a batch of as many groups."""
-        slot, *values, num_groups = self
-        return StepTarget(slot[index], *(x[index] for x in values), num_groups)
+        slot, size, weights, shift = (x[index] for x in self[:4])
+        return StepTarget(slot, size, weights, shift, self.num_groups)
 
     def packed(self) -> Tensor:  # [4 S + 1] float64
         """One tensor, as an operator takes it."""
@@ -64,7 +64,7 @@ class StepTarget(NamedTuple):
 class Step(Protocol):
     """A policy step."""
 
-    NEEDS_GROUP: bool  # the gradient depends on the log-probabilities of the whole group
+    NEEDS_GROUP: ClassVar[bool]  # the gradient depends on the log-probabilities of the whole group
 
     def shift(self, labels: LabelStatistics, ref_logp: Tensor | None) -> Tensor:  # [B] float64
         """What the log-probabilities are compared with."""
