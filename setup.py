@@ -42,7 +42,7 @@ X86_FLAGS = {
     "csrc/cpu/fold_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/cpu/fold_avx512.cpp": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-        "-Wno-maybe-uninitialized",  # GCC 12 warns of its own AVX-512 header
+        *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),  # GCC 12 warns of its own AVX-512 header
     ],
 }
 

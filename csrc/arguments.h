@@ -1,4 +1,4 @@
-// Arguments of the Python modules: addresses, sizes, strides and dtype names, nothing of torch. Checked, then typed.
+// What both Python modules take: addresses, sizes, strides and dtype names, nothing of torch. Checked, then typed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,6 +14,9 @@
 #include "contract.h"
 
 namespace mopo {
+
+namespace py = pybind11;
+using py::arg;
 
 using Address = uintptr_t;
 using Tensor = std::pair<Address, std::string>;  // and dtype
@@ -31,19 +34,30 @@ inline DType dtype_of(const std::string& name) {
     throw std::invalid_argument("dtype '" + name + "' is none of float32, bfloat16, float16, float64");
 }
 
-inline Tile tile_of(Address data, const std::string& dtype, int64_t rows, int64_t columns, int64_t row_stride,
-                    int64_t first_column, Address bias, Address target) {
-    if (rows < 0 || columns < 0 || first_column < 0) throw std::invalid_argument("negative tile size or first_column");
-    if (rows > 1 && row_stride < columns) throw std::invalid_argument("rows of the tile overlap");
-    if (rows > 0 && columns > 0 && !data) throw std::invalid_argument("tile has no data");
-    if (rows > 0 && !target) throw std::invalid_argument("tile has no targets");
-    return {pointer<void>(data),       dtype_of(dtype),     rows, columns, row_stride, first_column,
-            pointer<const void>(bias), pointer<const int64_t>(target)};
-}
-
 inline void check_rows(int64_t rows, std::initializer_list<Address> per_row) {
     for (Address address : per_row)
         if (rows > 0 && !address) throw std::invalid_argument("a per-row array is missing");
+}
+
+inline Tile tile_of(const Tensor& logits, int64_t rows, int64_t columns, int64_t row_stride, int64_t first_column,
+                    Address bias, Address target) {
+    if (rows < 0 || columns < 0 || first_column < 0) throw std::invalid_argument("negative tile size or first_column");
+    if (rows > 1 && row_stride < columns) throw std::invalid_argument("rows of the tile overlap");
+    if (rows > 0 && columns > 0 && !logits.first) throw std::invalid_argument("tile has no data");
+    check_rows(rows, {target});
+    return {pointer<void>(logits.first), dtype_of(logits.second),   rows,
+            columns,                     row_stride,                first_column,
+            pointer<const void>(bias),   pointer<const int64_t>(target)};
+}
+
+inline Statistics statistics_of(const Tile& tile, Address maximum, Address total, Address chosen) {
+    check_rows(tile.rows, {maximum, total, chosen});
+    return {pointer<double>(maximum), pointer<double>(total), pointer<double>(chosen)};
+}
+
+inline GradientRows gradient_of(const Tile& tile, Address lse, Address coefficient, Address out, int64_t row_stride) {
+    check_rows(tile.columns > 0 ? tile.rows : 0, {lse, coefficient, out});
+    return {pointer<const double>(lse), pointer<const double>(coefficient), pointer<void>(out), row_stride};
 }
 
 inline Floats floats(const Tensor& tensor) {
@@ -53,32 +67,43 @@ inline Floats floats(const Tensor& tensor) {
     return {pointer<const void>(tensor.first), dtype == "float32"};
 }
 
-inline Floats floats(const std::optional<Tensor>& tensor) { return tensor ? floats(*tensor) : Floats{nullptr, false}; }
-
-inline Sequences sequences_of(const Tensor& logp, int64_t logp_row_stride, Address target, int64_t target_row_stride,
-                              int64_t rows, int64_t columns) {
+inline Sequences sequences_of(const Tensor& logp, Address target, std::pair<int64_t, int64_t> shape,
+                              std::pair<int64_t, int64_t> row_strides, int64_t ignore_index) {
+    const auto [rows, columns] = shape;
     if (rows < 0 || columns < 0) throw std::invalid_argument("negative size");
     check_rows(rows * columns, {logp.first, target});
-    return {rows, columns, floats(logp), logp_row_stride, pointer<const int64_t>(target), target_row_stride};
+    return {rows,         columns, floats(logp), row_strides.first, pointer<const int64_t>(target), row_strides.second,
+            ignore_index};
 }
 
-inline PolicyStep policy_step_of(const std::string& name) {
-    if (name == "clone") return PolicyStep::clone;
-    if (name == "contrast") return PolicyStep::contrast;
-    if (name == "regress") return PolicyStep::regress;
-    throw std::invalid_argument("policy_step '" + name + "' is none of clone, contrast, regress");
-}
-
-// A batch whose groups are yet to be sorted.
-inline Batch batch_of(int64_t responses, int64_t objectives, const Tensor& logp, const Tensor& win_rate,
-                      const Tensor& multipliers, const std::optional<Tensor>& ref_logp,
-                      const std::optional<Tensor>& lag_log_ratio, Address kept) {
+inline Labels labels_of(std::pair<int64_t, int64_t> shape, const Tensor& win_rate, Address group,
+                        const Tensor& multipliers, const std::optional<Tensor>& lag_log_ratio,
+                        const Settings& settings) {
+    const auto [responses, objectives] = shape;
     if (responses < 1 || objectives < 1) throw std::invalid_argument("a batch has a response and an objective");
-    check_rows(responses, {logp.first, win_rate.first, multipliers.first});
-    return {responses,        objectives,          0,
-            floats(logp),     floats(win_rate),    floats(multipliers),
-            floats(ref_logp), floats(lag_log_ratio), pointer<const bool>(kept),
-            nullptr,          nullptr};
+    check_rows(responses, {win_rate.first, group, multipliers.first});
+    const Floats lag = lag_log_ratio ? floats(*lag_log_ratio) : Floats{nullptr, false};
+    return {responses, objectives, floats(win_rate), pointer<const int64_t>(group), floats(multipliers), lag, settings};
+}
+
+// The structs of the two modules, made by keyword.
+inline void define_structs(py::module_& m) {
+    const py::module_local local;
+    py::class_<Transform>(m, "Transform", local)
+        .def(py::init([](double inner, double outer, bool softcap) { return Transform{inner, outer, softcap}; }),
+             arg("inner"), arg("outer"), arg("softcap"));
+    py::class_<Tile>(m, "Tile", local)
+        .def(py::init(&tile_of), arg("logits"), arg("rows"), arg("columns"), arg("row_stride"), arg("first_column"),
+             arg("bias"), arg("target"));
+    py::class_<Sequences>(m, "Sequences", local)
+        .def(py::init(&sequences_of), arg("logp"), arg("target"), arg("shape"), arg("row_strides"),
+             arg("ignore_index"));
+    py::class_<Settings>(m, "Settings", local)
+        .def(py::init([](double tau, double eps, int64_t primary) { return Settings{tau, eps, primary}; }), arg("tau"),
+             arg("eps"), arg("primary"));
+    py::class_<Labels>(m, "Labels", local)
+        .def(py::init(&labels_of), arg("shape"), arg("win_rate"), arg("group"), arg("multipliers"),
+             arg("lag_log_ratio"), arg("settings"));
 }
 
 }  // namespace mopo

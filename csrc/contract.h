@@ -3,11 +3,19 @@
 
 #include <cstdint>
 
-#include "objective.h"
+#include "labels.h"
 
 namespace mopo {
 
 enum class DType { float32, bfloat16, float16, float64 };
+
+inline int64_t element_size(DType dtype) {
+    switch (dtype) {
+        case DType::float32: return 4;
+        case DType::float64: return 8;
+        default: return 2;
+    }
+}
 
 //     z = outer * tanh(inner * (logit + bias))    with softcap c:  inner = logit_scale / c, outer = c / temperature
 //     z = inner * (logit + bias)                  without:         inner = logit_scale / temperature
@@ -31,9 +39,17 @@ struct Tile {
 
 // Running statistics of each row, float64: start at -inf, 0, -inf and fold tiles in any order.
 struct Statistics {
-    double* max;  // [rows]
-    double* sum;  // [rows] sum of exp(z - max)
-    double* target;  // [rows] z at the target
+    double* maximum;  // [rows] of z
+    double* total;  // [rows] sum of exp(z - maximum)
+    double* chosen;  // [rows] z of the target
+};
+
+// What a tile's gradient is made of, and where it goes: rows of `out` are `row_stride` elements apart.
+struct GradientRows {
+    const double* lse;  // [rows]
+    const double* coefficient;  // [rows]
+    void* out;
+    int64_t row_stride;
 };
 
 // Log-probabilities and targets of sequences; rows lie any stride apart, the elements of one side by side.
@@ -43,6 +59,7 @@ struct Sequences {
     int64_t logp_row_stride;
     const int64_t* target;
     int64_t target_row_stride;
+    int64_t ignore_index;
 };
 
 }  // namespace mopo

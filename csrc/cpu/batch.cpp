@@ -1,4 +1,5 @@
-// Sums over ragged rows by a thread per row, and the objective by one thread in O(B log B).
+// Sums over ragged rows by a thread per row (floor: rows * columns targets read), and label statistics by one thread in
+// O(B log B).
 #include "batch.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ void sum_row(const T* logp, const int64_t* target, int64_t columns, int64_t igno
     *count = counted;
 }
 
-// A Team (objective.h) of one thread.
+// A Team (labels.h) of one thread.
 struct OneThread {
     template <class F>
     void for_each(int64_t n, F f) const {
@@ -53,35 +54,37 @@ struct OneThread {
 
 }  // namespace
 
-void sequence_sums(const Sequences& sequences, int64_t ignore_index, double* sums, int64_t* counts, int threads) {
+void sequence_sums(const Sequences& sequences, double* sums, int64_t* counts, int threads) {
+    const auto sum_rows = [&](const auto* logp) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < sequences.rows; ++row) {
-        const int64_t* target = sequences.target + row * sequences.target_row_stride;
-        const int64_t first = row * sequences.logp_row_stride;
-        if (sequences.logp.is_float32)
-            sum_row(static_cast<const float*>(sequences.logp.data) + first, target, sequences.columns, ignore_index,
-                    sums + row, counts + row);
-        else
-            sum_row(static_cast<const double*>(sequences.logp.data) + first, target, sequences.columns, ignore_index,
-                    sums + row, counts + row);
-    }
+        for (int64_t row = 0; row < sequences.rows; ++row)
+            sum_row(logp + row * sequences.logp_row_stride, sequences.target + row * sequences.target_row_stride,
+                    sequences.columns, sequences.ignore_index, sums + row, counts + row);
+    };
+    if (sequences.logp.is_float32)
+        sum_rows(static_cast<const float*>(sequences.logp.data));
+    else
+        sum_rows(static_cast<const double*>(sequences.logp.data));
 }
 
-void objective(Batch batch, const int64_t* group, const Options& options, double* values) {
-    std::vector<int64_t> order(batch.responses), start;
+void label_statistics(Labels labels, int64_t* slot, double* values) {
+    std::vector<int64_t> order(labels.responses), start;
+    const int64_t* group = labels.group;
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return group[i] < group[j]; });
-    for (int64_t i = 0; i < batch.responses; ++i)
+    for (int64_t i = 0; i < labels.responses; ++i)
         if (i == 0 || group[order[i]] != group[order[i - 1]]) start.push_back(i);
-    batch.groups = static_cast<int64_t>(start.size());
-    start.push_back(batch.responses);
-    batch.order = order.data();
-    batch.start = start.data();
+    labels.groups = static_cast<int64_t>(start.size());
+    start.push_back(labels.responses);
+    labels.order = order.data();
+    labels.start = start.data();
 
-    std::vector<double> memory(Scratch::DOUBLES_PER_RESPONSE * batch.responses);
+    std::vector<double> memory(Scratch::DOUBLES_PER_RESPONSE * labels.responses);
+    const Scratch scratch = Scratch::of(memory.data(), labels.responses);
+    const Results out = Results::of(slot, values, labels.responses, labels.objectives);
     const OneThread team;
-    objective(team, batch, options, Scratch::of(memory.data(), batch.responses),
-              Values::of(values, batch.responses, batch.objectives));
+    weigh(team, labels, scratch, out);
+    for (int64_t k = 0; k < labels.objectives; ++k) estimate(team, labels, k, scratch, out);
 }
 
 }  // namespace mopo

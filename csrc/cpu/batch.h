@@ -1,4 +1,4 @@
-// The batch contract of the CPU backend (mopo_kernels/backends/batch.py): sums over ragged rows, and the objective.
+// The batch contract of the CPU backend (mopo_kernels/backends/batch.py).
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 namespace mopo {
 
 // sums[rows] of logp over the positions whose target is not ignore_index, and counts[rows] of those.
-void sequence_sums(const Sequences& sequences, int64_t ignore_index, double* sums, int64_t* counts, int threads);
+void sequence_sums(const Sequences& sequences, double* sums, int64_t* counts, int threads);
 
-// Everything in Values, for responses that `group` assigns to groups by any ids; the batch's groups are filled in here.
-void objective(Batch batch, const int64_t* group, const Options& options, double* values);
+// slot[responses] and the values of Results, for labels whose groups are not sorted yet.
+void label_statistics(Labels labels, int64_t* slot, double* values);
 
 }  // namespace mopo

@@ -1,7 +1,6 @@
 // Choice of the instruction set and the loops over rows.
 #include "fold.h"
 
-#include <cmath>
 #include <stdexcept>
 
 namespace mopo {
@@ -30,14 +29,6 @@ Isa best_isa() {
 Isa& active_isa() {
     static Isa isa = best_isa();
     return isa;
-}
-
-int64_t element_size(DType dtype) {
-    switch (dtype) {
-        case DType::float32: return 4;
-        case DType::float64: return 8;
-        default: return 2;
-    }
 }
 
 const char* row_of(const Tile& tile, int64_t row) {
@@ -69,53 +60,28 @@ void fold_statistics(const Tile& tile, const Transform& transform, const Statist
     const int type = static_cast<int>(tile.dtype);
     const int64_t element = element_size(tile.dtype);
     const int64_t bias_element = tile.dtype == DType::float64 ? 8 : 4;
+    const char* bias = static_cast<const char*>(tile.bias);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, ROWS_AT_A_TIME)
     for (int64_t row = 0; row < tile.rows; ++row) {
         if (tile.target[row] < 0) continue;
         const char* x = row_of(tile, row);
-        kernels.statistics[type](x, tile.columns, tile.bias, transform, statistics.max + row, statistics.sum + row);
+        kernels.statistics[type](x, tile.columns, bias, transform, statistics.maximum + row, statistics.total + row);
         const int64_t target = tile.target[row] - tile.first_column;
-        if (target >= 0 && target < tile.columns) {
-            const char* bias = static_cast<const char*>(tile.bias);
-            statistics.target[row] = kernels.max[type](x + target * element, 1,
-                                                       bias ? bias + target * bias_element : nullptr, transform);
-        }
+        if (target >= 0 && target < tile.columns)
+            statistics.chosen[row] =
+                kernels.value[type](x + target * element, bias ? bias + target * bias_element : nullptr, transform);
     }
 }
 
-void fold_gradient(const Tile& tile, const Transform& transform, const double* lse, const double* coefficient,
-                   void* out, int64_t out_row_stride, int threads) {
+void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, int threads) {
     const RowKernels& kernels = kernels_of(current_isa());
     const int type = static_cast<int>(tile.dtype);
-    const int64_t out_bytes = out_row_stride * element_size(tile.dtype);
+    const int64_t out_bytes = gradient.row_stride * element_size(tile.dtype);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, ROWS_AT_A_TIME)
     for (int64_t row = 0; row < tile.rows; ++row)
-        kernels.gradient[type](row_of(tile, row), tile.columns, tile.bias, transform, lse[row], coefficient[row],
-                               tile.target[row] - tile.first_column, static_cast<char*>(out) + row * out_bytes);
-}
-
-void fold_peaks(const Tile& tile, const Transform& transform, const double* lse, int64_t block, double* peak,
-                int threads) {
-    const RowKernels& kernels = kernels_of(current_isa());
-    const int type = static_cast<int>(tile.dtype);
-    const int64_t element = element_size(tile.dtype);
-    const int64_t bias_element = tile.dtype == DType::float64 ? 8 : 4;
-    const int64_t row_blocks = (tile.rows + block - 1) / block;
-    const int64_t column_blocks = (tile.columns + block - 1) / block;
-    const char* bias = static_cast<const char*>(tile.bias);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t cell = 0; cell < row_blocks * column_blocks; ++cell) {
-        const int64_t first_row = cell / column_blocks * block, column = cell % column_blocks * block;
-        const int64_t end_row = first_row + block < tile.rows ? first_row + block : tile.rows;
-        const int64_t width = column + block < tile.columns ? block : tile.columns - column;
-        double largest = 0;
-        for (int64_t row = first_row; row < end_row; ++row) {
-            const double z = kernels.max[type](row_of(tile, row) + column * element, width,
-                                               bias ? bias + column * bias_element : nullptr, transform);
-            largest = std::fmax(largest, std::exp(z - lse[row]));
-        }
-        peak[cell] = largest;
-    }
+        kernels.gradient[type](row_of(tile, row), tile.columns, tile.bias, transform, gradient.lse[row],
+                               gradient.coefficient[row], tile.target[row] - tile.first_column,
+                               static_cast<char*>(gradient.out) + row * out_bytes);
 }
 
 void vector_exp(const float* x, float* y, int64_t size) { kernels_of(current_isa()).exp(x, y, size); }

@@ -20,16 +20,12 @@ struct float16 {
     uint16_t bits;
 };
 
+// Floor: each logit read once.
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, int threads);
 
 // out = coefficient * (onehot(target) - exp(z - lse)) * dz/dlogit; `out` may be the tile itself. Rows of coefficient 0
-// become 0 whatever they hold.
-void fold_gradient(const Tile& tile, const Transform& transform, const double* lse, const double* coefficient,
-                   void* out, int64_t out_row_stride, int threads);
-
-// peak[i, j] = max of exp(z - lse) over block i, j of `block` x `block` elements; row-major, [ceil(rows / block)].
-void fold_peaks(const Tile& tile, const Transform& transform, const double* lse, int64_t block, double* peak,
-                int threads);
+// become 0 whatever they hold. Floor: each logit read once, each gradient written once.
+void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, int threads);
 
 // e^x elementwise as the kernels compute it, for the accuracy tests.
 void vector_exp(const float* x, float* y, int64_t size);
@@ -42,11 +38,11 @@ void choose_isa(Isa isa);
 
 // Row kernels of one instruction set, by tile dtype (indexed by DType).
 struct RowKernels {
-    void (*statistics[4])(const void* row, int64_t columns, const void* bias, const Transform& transform, double* max,
-                          double* sum);
+    void (*statistics[4])(const void* row, int64_t columns, const void* bias, const Transform& transform,
+                          double* maximum, double* total);
     void (*gradient[4])(const void* row, int64_t columns, const void* bias, const Transform& transform, double lse,
                         double coefficient, int64_t target, void* out);
-    double (*max[4])(const void* row, int64_t columns, const void* bias, const Transform& transform);
+    double (*value[4])(const void* logit, const void* bias, const Transform& transform);  // z of one logit
     void (*exp)(const float* x, float* y, int64_t size);
     void (*tanh)(const float* x, float* y, int64_t size);
 };

@@ -60,7 +60,8 @@ inline typename V::scalar transform_chunk(const T* x, int64_t first, int count, 
 }
 
 template <class V, class T>
-void statistics_row(const void* row, int64_t columns, const void* bias, const Transform& t, double* max, double* sum) {
+void statistics_row(const void* row, int64_t columns, const void* bias, const Transform& t, double* maximum,
+                    double* total) {
     using scalar = typename V::scalar;
     const LogitTransform<V> transform(bias, t);
     const double lowest = -std::numeric_limits<double>::infinity();
@@ -68,29 +69,22 @@ void statistics_row(const void* row, int64_t columns, const void* bias, const Tr
     for (int64_t first = 0; first < columns; first += CHUNK) {
         const int count = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
         const double largest = transform_chunk<V>(static_cast<const T*>(row), first, count, transform, z);
-        if (largest > *max) {
-            if (*sum > 0) *sum *= PortableDouble::exp(*max - largest);
-            *max = largest;
+        if (largest > *maximum) {
+            if (*total > 0) *total *= PortableDouble::exp(*maximum - largest);
+            *maximum = largest;
         }
         // Where all are -inf so far, any finite shift gives the sum 0, and lets NaN through.
-        const auto shift = V::set(*max == lowest ? scalar(0) : static_cast<scalar>(*max));
-        auto total = V::set(0);
-        for (int i = 0; i < count; i += V::width) total = V::add(total, V::exp(V::sub(V::load(z + i), shift)));
-        *sum += V::sum(total);
+        const auto shift = V::set(*maximum == lowest ? scalar(0) : static_cast<scalar>(*maximum));
+        auto sum = V::set(0);
+        for (int i = 0; i < count; i += V::width) sum = V::add(sum, V::exp(V::sub(V::load(z + i), shift)));
+        *total += V::sum(sum);
     }
 }
 
 template <class V, class T>
-double max_row(const void* row, int64_t columns, const void* bias, const Transform& t) {
-    const LogitTransform<V> transform(bias, t);
-    alignas(64) typename V::scalar z[CHUNK];
-    double largest = -std::numeric_limits<double>::infinity();
-    for (int64_t first = 0; first < columns; first += CHUNK) {
-        const int count = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
-        const double chunk = transform_chunk<V>(static_cast<const T*>(row), first, count, transform, z);
-        largest = chunk > largest ? chunk : largest;
-    }
-    return largest;
+double value_of(const void* logit, const void* bias, const Transform& t) {
+    alignas(64) typename V::scalar z[V::width];
+    return transform_chunk<V>(static_cast<const T*>(logit), 0, 1, LogitTransform<V>(bias, t), z);
 }
 
 // lse in two parts: z - high is exact where z is near lse, so p does not feel the rounding of a large lse.
@@ -162,7 +156,7 @@ constexpr RowKernels row_kernels() {
     return {
         {statistics_row<V, float>, statistics_row<V, bfloat16>, statistics_row<V, float16>, statistics_row<D, double>},
         {gradient_row<V, float>, gradient_row<V, bfloat16>, gradient_row<V, float16>, gradient_row<D, double>},
-        {max_row<V, float>, max_row<V, bfloat16>, max_row<V, float16>, max_row<D, double>},
+        {value_of<V, float>, value_of<V, bfloat16>, value_of<V, float16>, value_of<D, double>},
         map_row<V, V::exp>,
         map_row<V, V::tanh>,
     };

@@ -8,14 +8,12 @@
 namespace mopo {
 
 // sums[rows] of logp over the positions whose target is not ignore_index, and counts[rows] of those.
-void sequence_sums(const Sequences& sequences, int64_t ignore_index, double* sums, int64_t* counts,
-                   cudaStream_t stream);
+void sequence_sums(const Sequences& sequences, double* sums, int64_t* counts, cudaStream_t stream);
 
-// Working memory of `objective`, in doubles.
-int64_t objective_scratch(int64_t responses, int64_t objectives);
+// Working memory of label_statistics, in doubles.
+int64_t labels_scratch(const Labels& labels);
 
-// Everything in Values, for responses that `group` assigns to groups by any ids; the batch's groups are filled in here.
-void objective(const Batch& batch, const int64_t* group, const Options& options, double* scratch, double* values,
-               cudaStream_t stream);
+// slot[responses] and the values of Results, for labels whose groups are not sorted yet.
+void label_statistics(const Labels& labels, int64_t* slot, double* values, double* scratch, cudaStream_t stream);
 
 }  // namespace mopo

@@ -3,7 +3,6 @@
 //     statistics   a thread keeps the maximum of its z and the sum of exp(z - maximum), a block combines its threads',
 //                  and where a row has several blocks a second kernel combines theirs
 //     gradient     coefficient * (onehot - exp(z - lse)) * dz/dlogit, elementwise
-//     peaks        a block per cell
 #include "fold.h"
 
 #include <cuda_bf16.h>
@@ -195,10 +194,10 @@ struct Running {
     }
 
     __device__ void fold_into(const Statistics& statistics, int64_t row) const {
-        Running all{static_cast<A>(statistics.max[row]), statistics.sum[row]};
+        Running all{static_cast<A>(statistics.maximum[row]), statistics.total[row]};
         all.add(max, sum);
-        statistics.max[row] = all.max;
-        statistics.sum[row] = all.sum;
+        statistics.maximum[row] = all.max;
+        statistics.total[row] = all.sum;
     }
 };
 
@@ -244,7 +243,7 @@ __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x > 0) return;
     const int64_t target = tile.target[row] - tile.first_column;
     if (parts.index() == 0 && target >= 0 && target < tile.columns)
-        statistics.target[row] = transform.z(widened(logits[target]), target);
+        statistics.chosen[row] = transform.z(widened(logits[target]), target);
     if (parts.per_row == 1)
         all.fold_into(statistics, row);
     else
@@ -308,15 +307,14 @@ __device__ void fill_with_zero(T* out, int64_t columns, const Parts& parts) {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    gradient_kernel(Tile tile, Transform options, const double* lse, const double* coefficient, void* out_data,
-                    int64_t out_row_stride, Parts parts) {
+    gradient_kernel(Tile tile, Transform options, GradientRows rows, Parts parts) {
     using A = Wide<T>;
     constexpr int WIDTH = Vector<T>::WIDTH;
     const int64_t row = parts.row();
     const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
-    T* out = static_cast<T*>(out_data) + row * out_row_stride;
-    if (coefficient[row] == 0) return fill_with_zero(out, tile.columns, parts);
-    const Gradient<A> gradient(tile.bias, options, lse[row], coefficient[row]);
+    T* out = static_cast<T*>(rows.out) + row * rows.row_stride;
+    if (rows.coefficient[row] == 0) return fill_with_zero(out, tile.columns, parts);
+    const Gradient<A> gradient(tile.bias, options, rows.lse[row], rows.coefficient[row]);
     const int64_t target = tile.target[row] - tile.first_column;
     const Row<T> layout(logits, tile.columns);
 
@@ -348,43 +346,15 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ peaks
-
-template <class T>
-__global__ void __launch_bounds__(THREADS)
-    peaks_kernel(Tile tile, Transform options, const double* lse, int64_t block, int64_t column_blocks, double* peak) {
-    using A = Wide<T>;
-    const int64_t first_row = blockIdx.x / column_blocks * block, first = blockIdx.x % column_blocks * block;
-    const int64_t end_row = smaller(first_row + block, tile.rows), end = smaller(first + block, tile.columns);
-    const LogitTransform<A> transform(tile.bias, options);
-    A largest = -INFINITY;
-    for (int64_t row = first_row + threadIdx.x / WARP; row < end_row; row += Block::WARPS) {
-        const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
-        const Shift<A> shift(lse[row]);
-        for (int64_t column = first + threadIdx.x % WARP; column < end; column += WARP)
-            largest = larger(largest, shift.of(transform.z(widened(logits[column]), column)));
-    }
-    const double all = Block::max(largest);
-    if (threadIdx.x == 0) peak[blockIdx.x] = exp(all);
-}
-
 // -------------------------------------------------------------------------------------------------------- launching
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-int64_t element_size(DType dtype) {
-    switch (dtype) {
-        case DType::float32: return 4;
-        case DType::float64: return 8;
-        default: return 2;
-    }
-}
-
 // Enough blocks for few long rows to fill the GPU, but none with less to read than one step. Shapes alone decide, so
 // that every GPU sums in the same order.
-Parts parts_of(int64_t rows, int64_t columns, DType dtype) {
-    const int64_t vectors = ceil_div(columns * element_size(dtype), 16);
-    const int64_t wanted = ceil_div(ENOUGH_BLOCKS, rows), most = ceil_div(vectors, STEP);
+Parts parts_of(const Tile& tile) {
+    const int64_t vectors = ceil_div(tile.columns * element_size(tile.dtype), 16);
+    const int64_t wanted = ceil_div(ENOUGH_BLOCKS, tile.rows), most = ceil_div(vectors, STEP);
     const int64_t per_row = wanted < most ? wanted : most;
     return {static_cast<int>(per_row), ceil_div(vectors, per_row)};
 }
@@ -402,17 +372,17 @@ void by_type(DType dtype, F f) {
 
 }  // namespace
 
-int64_t statistics_scratch(int64_t rows, int64_t columns, DType dtype) {
+int64_t statistics_scratch(const Tile& tile) {
     static_assert(sizeof(Running<double>) == 2 * sizeof(double) && sizeof(Running<float>) <= sizeof(Running<double>));
-    if (rows == 0 || columns == 0) return 0;
-    const int per_row = parts_of(rows, columns, dtype).per_row;
-    return per_row == 1 ? 0 : 2 * rows * per_row;
+    if (tile.rows == 0 || tile.columns == 0) return 0;
+    const int per_row = parts_of(tile).per_row;
+    return per_row == 1 ? 0 : 2 * tile.rows * per_row;
 }
 
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, double* scratch,
                      cudaStream_t stream) {
     if (tile.rows == 0 || tile.columns == 0) return;
-    const Parts parts = parts_of(tile.rows, tile.columns, tile.dtype);
+    const Parts parts = parts_of(tile);
     by_type(tile.dtype, [&](auto element) {
         using T = decltype(element);
         auto* of_parts = reinterpret_cast<Running<Wide<T>>*>(scratch);
@@ -423,23 +393,12 @@ void fold_statistics(const Tile& tile, const Transform& transform, const Statist
     });
 }
 
-void fold_gradient(const Tile& tile, const Transform& transform, const double* lse, const double* coefficient,
-                   void* out, int64_t out_row_stride, cudaStream_t stream) {
+void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, cudaStream_t stream) {
     if (tile.rows == 0 || tile.columns == 0) return;
-    const Parts parts = parts_of(tile.rows, tile.columns, tile.dtype);
+    const Parts parts = parts_of(tile);
     by_type(tile.dtype, [&](auto element) {
-        launch(gradient_kernel<decltype(element)>, tile.rows * parts.per_row, THREADS, stream, tile, transform, lse,
-               coefficient, out, out_row_stride, parts);
-    });
-}
-
-void fold_peaks(const Tile& tile, const Transform& transform, const double* lse, int64_t block, double* peak,
-                cudaStream_t stream) {
-    if (tile.rows == 0 || tile.columns == 0) return;
-    const int64_t row_blocks = ceil_div(tile.rows, block), column_blocks = ceil_div(tile.columns, block);
-    by_type(tile.dtype, [&](auto element) {
-        launch(peaks_kernel<decltype(element)>, row_blocks * column_blocks, THREADS, stream, tile, transform, lse,
-               block, column_blocks, peak);
+        launch(gradient_kernel<decltype(element)>, tile.rows * parts.per_row, THREADS, stream, tile, transform,
+               gradient, parts);
     });
 }
 

@@ -9,18 +9,14 @@
 namespace mopo {
 
 // Working memory of fold_statistics, in doubles: 0 where there are rows enough for a block each.
-int64_t statistics_scratch(int64_t rows, int64_t columns, DType dtype);
+int64_t statistics_scratch(const Tile& tile);
 
+// Floor: each logit read once.
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, double* scratch,
                      cudaStream_t stream);
 
 // out = coefficient * (onehot(target) - exp(z - lse)) * dz/dlogit; `out` may be the tile itself. Rows of coefficient 0
-// become 0 and are not read.
-void fold_gradient(const Tile& tile, const Transform& transform, const double* lse, const double* coefficient,
-                   void* out, int64_t out_row_stride, cudaStream_t stream);
-
-// peak[i, j] = max of exp(z - lse) over block i, j of `block` x `block` elements; row-major, [ceil(rows / block)].
-void fold_peaks(const Tile& tile, const Transform& transform, const double* lse, int64_t block, double* peak,
-                cudaStream_t stream);
+// become 0 and are not read. Floor: each logit read once, each gradient written once.
+void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, cudaStream_t stream);
 
 }  // namespace mopo

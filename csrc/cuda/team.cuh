@@ -1,4 +1,4 @@
-// The threads of a warp or of a block as a Team (objective.h): sums are butterflies over lanes, then over warps in order.
+// The threads of a warp or of a block as a Team (labels.h): sums are butterflies over lanes, then over warps in order.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,136 +1,181 @@
-"""CPU backend: the contracts `fold.py` and `batch.py` in C++ (csrc/cpu), called with addresses, sizes and strides.
+"""CPU and CUDA backends: the contracts `fold.py` and `batch.py` in C++ (csrc), called with addresses, sizes, strides.
 
-The instruction set (AVX-512, AVX2 or portable code) is the best that the CPU has; the environment variable
+The two extension modules have the same functions. What they are called with differs in two places: `queue` is a number
+of threads on a CPU and a stream on a GPU, and a GPU's kernels ask for working memory.
+
+On a CPU the instruction set (AVX-512, AVX2 or portable code) is the best that there is; the environment variable
 MOPO_CPU_ISA = avx512 | avx2 | portable asks for another one.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.batch import ObjectiveValues
-from mopo_kernels.backends.fold import Statistics, Transform
+from mopo_kernels.backends.batch import Labels, LabelValues
+from mopo_kernels.backends.fold import Statistics, Tile
 
 try:
     from mopo_kernels import _cpu
 except ImportError as error:
     _cpu = None  # type: ignore[assignment]
-    UNAVAILABLE = f"the C++ kernels are not built ({error}); reinstall with a C++17 compiler"
+    NO_CPU = f"the C++ kernels are not built ({error}); reinstall with a C++17 compiler"
 else:
-    UNAVAILABLE = ""
+    NO_CPU = ""
     if os.environ.get("MOPO_CPU_ISA"):
         _cpu.choose_isa(os.environ["MOPO_CPU_ISA"])
-
-# Without matrix instructions for 16 bits, which float16 never has, those products run several times slower.
-_MULTIPLIES_BFLOAT16 = os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512") and bool(
-    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-)
-WIDENED = frozenset({torch.float16} if _MULTIPLIES_BFLOAT16 else {torch.float16, torch.bfloat16})
-
-
-def instruction_set() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable"."""
-    return _cpu.isa()
-
-
-def on_huge_pages(x: Tensor) -> Tensor:
-    """The same tensor, whose memory nobody has touched yet: writing it first is faster on huge pages."""
-    if _cpu is not None and x.device.type == "cpu":
-        _cpu.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size())
-    return x
-
-
-def fold_statistics(
-    tile: Tensor,
-    target: Tensor,
-    statistics: Statistics,
-    transform: Transform,
-    *,
-    first_column: int = 0,
-    bias: Tensor | None = None,
-) -> None:
-    arguments = _tile(tile, first_column, bias, target, transform)
-    _cpu.statistics(*arguments, *(x.data_ptr() for x in statistics), torch.get_num_threads())
-
-
-def fold_gradient(
-    tile: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    coefficient: Tensor,
-    transform: Transform,
-    *,
-    first_column: int = 0,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-) -> None:
-    out = tile if out is None else out
-    arguments = _tile(tile, first_column, bias, target, transform)
-    _cpu.gradient(
-        *arguments, lse.data_ptr(), coefficient.data_ptr(), out.data_ptr(), out.stride(0), torch.get_num_threads()
+try:
+    from mopo_kernels import _cuda
+except ImportError as error:
+    _cuda = None  # type: ignore[assignment]
+    NO_CUDA = (
+        f"the CUDA kernels are not built ({error}); reinstall with nvcc on the PATH: "
+        "MOPO_BUILD_CUDA=1 pip install --no-build-isolation ..."
     )
+else:
+    NO_CUDA = ""
+
+ARCHITECTURES = () if _cuda is None else tuple(_cuda.ARCHITECTURES.split(","))  # compute capabilities, "12.0+PTX"
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 
 
-def fold_peaks(tile: Tensor, lse: Tensor, transform: Transform, *, block: int, bias: Tensor | None = None) -> Tensor:
-    rows, columns = tile.shape
-    peaks = lse.new_empty(-(-rows // block), -(-columns // block))
-    data, dtype, *shape, _, bias_data, _, inner, outer, softcap = _tile(tile, 0, bias, lse, transform)
-    _cpu.peaks(
-        *(data, dtype, *shape, bias_data, inner, outer, softcap),
-        *(lse.data_ptr(), block, peaks.data_ptr(), torch.get_num_threads()),
-    )
-    return peaks
+class Native:
+    """A backend over one of the extension modules."""
+
+    def __init__(self, module: Any, unavailable: str, queue: Callable[[Tensor], Any]) -> None:
+        self.module, self.UNAVAILABLE = module, unavailable
+        self._queue = queue  # a context on a tensor's device that gives its queue
+
+    def fold_statistics(self, tile: Tile, statistics: Statistics) -> None:
+        native, transform = self._tile(tile)
+        maximum, total, chosen = statistics
+        with self._queue(maximum) as queue:
+            scratch = _scratch(maximum, self.module.statistics_scratch(native))
+            running = (maximum.data_ptr(), total.data_ptr(), chosen.data_ptr())
+            self.module.statistics(native, transform, running, scratch.data_ptr(), queue)
+
+    def fold_gradient(self, tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor) -> None:
+        native, transform = self._tile(tile)
+        per_row = (lse.data_ptr(), coefficient.data_ptr())
+        with self._queue(lse) as queue:
+            self.module.gradient(native, transform, per_row, out.data_ptr(), out.stride(0), queue)
+
+    def sequence_sums(self, logp: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        sums, counts = logp.new_empty(len(logp), dtype=torch.float64), target.new_empty(len(logp))
+        sequences = self.module.Sequences(
+            logp=_typed(logp),
+            target=target.data_ptr(),
+            shape=tuple(logp.shape),
+            row_strides=(logp.stride(0), target.stride(0)),
+            ignore_index=ignore_index,
+        )
+        with self._queue(logp) as queue:
+            self.module.sequence_sums(sequences, sums.data_ptr(), counts.data_ptr(), queue)
+        return sums, counts
+
+    def label_statistics(self, labels: Labels) -> tuple[Tensor, Tensor]:
+        win_rate = labels.win_rate
+        slot = torch.empty_like(labels.group)
+        values = win_rate.new_empty(LabelValues.length(*win_rate.shape), dtype=torch.float64)
+        native = self.module.Labels(
+            shape=tuple(win_rate.shape),
+            win_rate=_typed(win_rate),
+            group=labels.group.data_ptr(),
+            multipliers=_typed(labels.multipliers),
+            lag_log_ratio=None if labels.lag_log_ratio is None else _typed(labels.lag_log_ratio),
+            settings=self.module.Settings(tau=labels.tau, eps=labels.eps, primary=labels.primary),
+        )
+        with self._queue(win_rate) as queue:
+            scratch = _scratch(values, self.module.labels_scratch(native))
+            self.module.label_statistics(native, slot.data_ptr(), values.data_ptr(), scratch.data_ptr(), queue)
+        return slot, values
+
+    def _tile(self, tile: Tile) -> tuple[Any, Any]:
+        logits, transform = tile.logits, tile.transform
+        native = self.module.Tile(
+            logits=_typed(logits),
+            rows=logits.shape[0],
+            columns=logits.shape[1],
+            row_stride=logits.stride(0),
+            first_column=tile.first_column,
+            bias=0 if tile.bias is None else tile.bias.data_ptr(),
+            target=tile.target.data_ptr(),
+        )
+        return native, self.module.Transform(transform.inner, transform.outer, transform.softcap)
 
 
-def sequence_sums(logp: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    sums, counts = logp.new_empty(len(logp), dtype=torch.float64), target.new_empty(len(logp))
-    _cpu.sequence_sums(
-        *(_typed(logp), logp.stride(0), target.data_ptr(), target.stride(0)),
-        *(*logp.shape, ignore_index, sums.data_ptr(), counts.data_ptr(), torch.get_num_threads()),
-    )
-    return sums, counts
+@contextmanager
+def _threads(x: Tensor) -> Iterator[int]:
+    yield torch.get_num_threads()
 
 
-def objective(
-    logp: Tensor,
-    win_rate: Tensor,
-    group: Tensor,
-    multipliers: Tensor,
-    ref_logp: Tensor | None,
-    lag_log_ratio: Tensor | None,
-    kept: Tensor | None,
-    *,
-    tau: float,
-    eps: float,
-    policy_step: str,
-    normalize: str,
-    primary: int,
-) -> Tensor:
-    values = win_rate.new_empty(ObjectiveValues.size(*win_rate.shape), dtype=torch.float64)
-    _cpu.objective(
-        *(*win_rate.shape, _typed(logp), _typed(win_rate), group.data_ptr(), _typed(multipliers)),
-        *(None if x is None else _typed(x) for x in (ref_logp, lag_log_ratio)),
-        0 if kept is None else kept.data_ptr(),
-        *(tau, eps, policy_step, normalize == "group", primary, values.data_ptr()),
-    )
-    return values
+@contextmanager
+def _stream(x: Tensor) -> Iterator[int]:
+    """The current stream of the tensor's device, which becomes the current device."""
+    with torch.cuda.device(x.device):
+        yield torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _tile(
-    tile: Tensor, first_column: int, bias: Tensor | None, target: Tensor, transform: Transform
-) -> tuple[Any, ...]:
-    rows, columns = tile.shape
-    return (
-        *(*_typed(tile), rows, columns, tile.stride(0), first_column),
-        *(0 if bias is None else bias.data_ptr(), target.data_ptr()),
-        *transform,
-    )
+def _scratch(like: Tensor, size: int) -> Tensor:
+    """Working memory; the allocator gives it to nobody else before the stream has passed the kernels that use it."""
+    return like.new_empty(size)
 
 
 def _typed(x: Tensor) -> tuple[int, str]:
     """Address and dtype."""
-    return x.data_ptr(), str(x.dtype).removeprefix("torch.")
+    return x.data_ptr(), DTYPE_NAMES[x.dtype]
+
+
+cpu = Native(_cpu, NO_CPU, _threads)
+cuda = Native(_cuda, NO_CUDA, _stream)
+
+
+# --------------------------------------------------------------------------------------------------------- what is here
+
+
+def instruction_set() -> str:
+    """The CPU's instruction set in use: "avx512", "avx2" or "portable"."""
+    return _cpu.isa()
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether CPU products in a dtype are as fast as in float32: 16 bits need instructions of their own."""
+    if dtype == torch.bfloat16 and os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return dtype in (torch.float32, torch.float64)
+
+
+@cache
+def unfit_for(capability: tuple[int, int]) -> str:
+    """Why the CUDA kernels, as they were built, do not run on a GPU of this compute capability, or nothing."""
+    if any(runs_on(name, capability) for name in ARCHITECTURES):
+        return ""
+    gpu = "{}.{}".format(*capability)
+    return (
+        f"the CUDA kernels are built for {', '.join(ARCHITECTURES)} and this GPU is {gpu}: "
+        f'reinstall with MOPO_CUDA_ARCHS="{gpu}"'
+    )
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Code for 8.0 runs on all 8.x from there on, for 9.0a on 9.0 alone, and PTX on whatever is newer."""
+    match = re.fullmatch(r"(\d+)\.(\d)(a?)f?(\+PTX)?", architecture)
+    if match is None:
+        return False
+    built = int(match[1]), int(match[2])
+    if match[3]:
+        return capability == built
+    return capability >= built and (capability[0] == built[0] or bool(match[4]))

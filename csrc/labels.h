@@ -1,4 +1,4 @@
-// The MOPO objective of one batch: labels and log-probabilities to loss, gradient and estimates, in float64.
+// What labels and multipliers alone say of a batch: target weights and estimates, in float64.
 //
 // The formulas stand in mopo_kernels/backends/batch.py. They are written once, for a Team of threads that work on one
 // batch together: a plain loop on the CPU (csrc/cpu/batch.cpp), a thread block on the GPU (csrc/cuda). A Team has
@@ -10,6 +10,7 @@
 //
 // All threads of a team make these calls in the same order, get the same results, and see in the next call what was
 // written in the one before. Groups come sorted: the responses of group g are order[start[g]] .. order[start[g + 1] - 1].
+// The floor is reading B * K labels and writing 4 * B results; what takes time is the launch.
 #pragma once
 
 #include <cmath>
@@ -22,8 +23,6 @@
 #endif
 
 namespace mopo {
-
-enum class PolicyStep { clone, contrast, regress };
 
 // A contiguous float32 or float64 tensor, read as float64; without data where the argument is None.
 struct Floats {
@@ -46,53 +45,51 @@ struct Members {
     MOPO_HOST_DEVICE double size() const { return static_cast<double>(last - first); }
 };
 
-struct Batch {
-    int64_t responses, objectives, groups;
-    Floats logp;  // [B]
-    Floats win_rate;  // [B, K]
-    Floats multipliers;  // [K]
-    Floats ref_logp;  // [B] or none
-    Floats lag_log_ratio;  // [B] or none
-    const bool* kept;  // [B] or null
-    const int64_t* order;  // [B]
-    const int64_t* start;  // [G + 1]
-
-    MOPO_HOST_DEVICE Members members(int64_t group) const { return {order + start[group], order + start[group + 1]}; }
-    MOPO_HOST_DEVICE bool is_kept(int64_t i) const { return kept == nullptr || kept[i]; }
-    MOPO_HOST_DEVICE double lag(int64_t i) const { return lag_log_ratio.given() ? lag_log_ratio[i] : 0; }
-    MOPO_HOST_DEVICE double log_ratio(int64_t i) const { return logp[i] - ref_logp[i]; }
-    MOPO_HOST_DEVICE double label(int64_t i, int64_t objective) const { return win_rate[i * objectives + objective]; }
-};
-
-struct Options {
+struct Settings {
     double tau, eps;
-    PolicyStep policy_step;
-    bool normalize;  // per group; else the paper's printed form
     int64_t primary;
 };
 
-// Where the results stand in their buffer; the same layout as ObjectiveValues in mopo_kernels/backends/batch.py.
-struct Values {
-    double *loss, *ess, *kl, *dropped_mass, *valid;
-    double *gradient, *weights;  // [B]
+struct Labels {
+    int64_t responses, objectives;
+    Floats win_rate;  // [B, K]
+    const int64_t* group;  // [B] any ids
+    Floats multipliers;  // [K]
+    Floats lag_log_ratio;  // [B] or none
+    Settings settings;
+    int64_t groups = 0;  // these three once the groups are sorted
+    const int64_t* order = nullptr;  // [B]
+    const int64_t* start = nullptr;  // [G + 1]
+
+    MOPO_HOST_DEVICE Members members(int64_t group) const { return {order + start[group], order + start[group + 1]}; }
+    MOPO_HOST_DEVICE double lag(int64_t i) const { return lag_log_ratio.given() ? lag_log_ratio[i] : 0; }
+    MOPO_HOST_DEVICE double label(int64_t i, int64_t objective) const { return win_rate[i * objectives + objective]; }
+};
+
+// Where the results stand: the slots of the responses, and the layout of LabelValues in mopo_kernels/backends/batch.py.
+struct Results {
+    int64_t* slot;  // [B]
+    double *valid, *num_groups, *ess, *kl;
+    double *size, *score, *weights;  // [B]
     double *win_rates, *lower_bounds, *chi;  // [K]
 
-    static MOPO_HOST_DEVICE Values of(double* buffer, int64_t responses, int64_t objectives) {
-        double *gradient = buffer + 5, *weights = gradient + responses, *win_rates = weights + responses;
-        return {buffer,   buffer + 1, buffer + 2, buffer + 3,             buffer + 4,
-                gradient, weights,    win_rates,  win_rates + objectives, win_rates + 2 * objectives};
+    static MOPO_HOST_DEVICE Results of(int64_t* slot, double* buffer, int64_t responses, int64_t objectives) {
+        double *size = buffer + 4, *score = size + responses, *weights = score + responses;
+        double* win_rates = weights + responses;
+        return {slot, buffer,  buffer + 1, buffer + 2,           buffer + 3,
+                size, score,   weights,    win_rates,            win_rates + objectives,
+                win_rates + 2 * objectives};
     }
 };
 
 // Working memory of a team, [B] each.
 struct Scratch {
-    static constexpr int64_t DOUBLES_PER_RESPONSE = 5;
-    double* scaled_score;  // s / tau
+    static constexpr int64_t DOUBLES_PER_RESPONSE = 4;
     double *log_ref, *log_weight;
     double *values, *masses;  // a sample and its measure
 
     static MOPO_HOST_DEVICE Scratch of(double* memory, int64_t responses) {
-        return {memory, memory + responses, memory + 2 * responses, memory + 3 * responses, memory + 4 * responses};
+        return {memory, memory + responses, memory + 2 * responses, memory + 3 * responses};
     }
 };
 
@@ -129,34 +126,36 @@ MOPO_HOST_DEVICE int64_t sort_by_scanning(Team& team, const int64_t* group, int6
     return count;
 }
 
-// 1, or 0 where mopo_objective would refuse a value.
+// 1, or 0 where label_statistics would refuse a value.
 template <class Team>
-MOPO_HOST_DEVICE void check_values(Team& team, const Batch& batch, const Options& options, const Values& out) {
-    const int64_t longest = batch.responses > batch.objectives ? batch.responses : batch.objectives;
+MOPO_HOST_DEVICE void check_values(Team& team, const Labels& labels, const Results& out) {
+    const int64_t longest = labels.responses > labels.objectives ? labels.responses : labels.objectives;
     double wrong[1];
     team.sum(longest, wrong, [&](int64_t i, double* total) {
-        if (i < batch.responses) {
-            for (int64_t k = 0; k < batch.objectives; ++k) total[0] += batch.label(i, k) < 0 || batch.label(i, k) > 1;
-            total[0] += !is_finite(batch.lag(i));
-            if (batch.is_kept(i)) total[0] += !is_finite(batch.logp[i]);
-            if (batch.is_kept(i) && batch.ref_logp.given()) total[0] += !is_finite(batch.ref_logp[i]);
+        if (i < labels.responses) {
+            for (int64_t k = 0; k < labels.objectives; ++k)
+                total[0] += labels.label(i, k) < 0 || labels.label(i, k) > 1;
+            total[0] += !is_finite(labels.lag(i));
         }
-        if (i < batch.groups) total[0] += batch.members(i).size() < 2;
-        if (i < batch.objectives) total[0] += !(batch.multipliers[i] >= 0 && is_finite(batch.multipliers[i]));
-        if (i == options.primary) total[0] += batch.multipliers[i] != 1;
+        if (i < labels.groups) total[0] += labels.members(i).size() < 2;
+        if (i < labels.objectives) total[0] += !(labels.multipliers[i] >= 0 && is_finite(labels.multipliers[i]));
+        if (i == labels.settings.primary) total[0] += labels.multipliers[i] != 1;
     });
-    team.once([&] { *out.valid = wrong[0] == 0; });
+    team.once([&] {
+        *out.valid = wrong[0] == 0;
+        *out.num_groups = static_cast<double>(labels.groups);
+    });
 }
 
-MOPO_HOST_DEVICE inline bool is_labelled(const Batch& batch, const Members& members, int64_t objective) {
+MOPO_HOST_DEVICE inline bool is_labelled(const Labels& labels, const Members& members, int64_t objective) {
     for (int64_t i : members)
-        if (!is_nan(batch.label(i, objective))) return true;
+        if (!is_nan(labels.label(i, objective))) return true;
     return false;
 }
 
 // v_ik in a group that objective k labels.
-MOPO_HOST_DEVICE inline double value(const Batch& batch, int64_t i, int64_t objective) {
-    const double label = batch.label(i, objective);
+MOPO_HOST_DEVICE inline double value(const Labels& labels, int64_t i, int64_t objective) {
+    const double label = labels.label(i, objective);
     return is_nan(label) ? NEUTRAL : label;
 }
 
@@ -169,33 +168,32 @@ MOPO_HOST_DEVICE void log_softmax(const Members& members, F x, double* out) {
     for (int64_t i : members) out[i] = x(i) - largest - std::log(total);
 }
 
-// Scores, reference measure and weights.
+// Slots, scores, reference measure and weights.
 template <class Team>
-MOPO_HOST_DEVICE void target_policy(Team& team, const Batch& batch, const Options& options, const Scratch& scratch,
-                                    const Values& out) {
-    team.for_each(batch.groups, [&](int64_t group) {
-        const Members members = batch.members(group);
-        double* score = scratch.scaled_score;
-        for (int64_t i : members) score[i] = 0;
-        for (int64_t k = 0; k < batch.objectives; ++k) {
-            if (!is_labelled(batch, members, k)) continue;
-            for (int64_t i : members) score[i] += batch.multipliers[k] * value(batch, i, k);
+MOPO_HOST_DEVICE void target_policy(Team& team, const Labels& labels, const Scratch& scratch, const Results& out) {
+    team.for_each(labels.groups, [&](int64_t group) {
+        const Members members = labels.members(group);
+        for (int64_t i : members) {
+            out.slot[i] = group;
+            out.size[i] = members.size();
+            out.score[i] = 0;
         }
-        for (int64_t i : members) score[i] /= options.tau;
-        log_softmax(members, [&](int64_t i) { return batch.lag(i); }, scratch.log_ref);
-        if (options.normalize)
-            log_softmax(members, [&](int64_t i) { return score[i] + batch.lag(i); }, scratch.log_weight);
-        else
-            for (int64_t i : members) scratch.log_weight[i] = scratch.log_ref[i] + score[i] - 1;
+        for (int64_t k = 0; k < labels.objectives; ++k) {
+            if (!is_labelled(labels, members, k)) continue;
+            for (int64_t i : members) out.score[i] += labels.multipliers[k] * value(labels, i, k);
+        }
+        for (int64_t i : members) out.score[i] /= labels.settings.tau;
+        log_softmax(members, [&](int64_t i) { return labels.lag(i); }, scratch.log_ref);
+        log_softmax(members, [&](int64_t i) { return out.score[i] + labels.lag(i); }, scratch.log_weight);
         for (int64_t i : members) out.weights[i] = std::exp(scratch.log_weight[i]);
     });
 }
 
 // ESS and KL(w || r).
 template <class Team>
-MOPO_HOST_DEVICE void weight_statistics(Team& team, const Batch& batch, const Scratch& scratch, const Values& out) {
+MOPO_HOST_DEVICE void weight_statistics(Team& team, const Labels& labels, const Scratch& scratch, const Results& out) {
     double sums[3];
-    team.sum(batch.responses, sums, [&](int64_t i, double* total) {
+    team.sum(labels.responses, sums, [&](int64_t i, double* total) {
         const double weight = out.weights[i];
         total[0] += weight;
         total[1] += weight * weight;
@@ -203,67 +201,8 @@ MOPO_HOST_DEVICE void weight_statistics(Team& team, const Batch& batch, const Sc
     });
     team.once([&] {
         *out.ess = sums[0] * sums[0] / sums[1];
-        *out.kl = sums[2] / static_cast<double>(batch.groups);
+        *out.kl = sums[2] / static_cast<double>(labels.groups);
     });
-}
-
-template <class Team>
-MOPO_HOST_DEVICE void clone_loss(Team& team, const Batch& batch, const Values& out) {
-    const auto groups = static_cast<double>(batch.groups);
-    double sums[2];
-    team.sum(batch.responses, sums, [&](int64_t i, double* total) {
-        const bool kept = batch.is_kept(i);
-        out.gradient[i] = kept ? -out.weights[i] / groups : 0;
-        if (kept)
-            total[0] -= out.weights[i] * batch.logp[i];
-        else
-            total[1] += out.weights[i];
-    });
-    team.once([&] {
-        *out.loss = sums[0] / groups;
-        *out.dropped_mass = sums[1] / groups;
-    });
-}
-
-template <class Team>
-MOPO_HOST_DEVICE void contrast_loss(Team& team, const Batch& batch, const Scratch& scratch, const Values& out) {
-    const auto groups = static_cast<double>(batch.groups);
-    double* log_policy = scratch.values;
-    double sums[1];
-    team.sum(batch.groups, sums, [&](int64_t group, double* total) {
-        const Members members = batch.members(group);
-        log_softmax(members, [&](int64_t i) { return batch.log_ratio(i); }, log_policy);
-        double mass = 0;  // 1 unless the weights are not normalised
-        for (int64_t i : members) mass += out.weights[i];
-        for (int64_t i : members) {
-            total[0] -= out.weights[i] * log_policy[i];
-            out.gradient[i] = (mass * std::exp(log_policy[i]) - out.weights[i]) / groups;
-        }
-    });
-    team.once([&] { *out.loss = sums[0] / groups; });
-}
-
-template <class Team>
-MOPO_HOST_DEVICE void regress_loss(Team& team, const Batch& batch, const Scratch& scratch, const Values& out) {
-    const auto groups = static_cast<double>(batch.groups);
-    double* error = scratch.values;
-    double sums[1];
-    team.sum(batch.groups, sums, [&](int64_t group, double* total) {
-        const Members members = batch.members(group);
-        const double size = members.size();
-        double mean = 0;
-        for (int64_t i : members) {
-            error[i] = batch.log_ratio(i) - (size - 1) / size * scratch.scaled_score[i];
-            mean += error[i] / size;
-        }
-        // The mean over the n(n-1)/2 pairs of squared differences is 2/(n-1) times the sum of squared deviations.
-        for (int64_t i : members) {
-            const double centred = error[i] - mean;
-            total[0] += 2 / (size - 1) * centred * centred;
-            out.gradient[i] = 4 / ((size - 1) * groups) * centred;
-        }
-    });
-    team.once([&] { *out.loss = sums[0] / groups; });
 }
 
 struct Bound {
@@ -324,22 +263,23 @@ MOPO_HOST_DEVICE Bound robust_bound(Team& team, double* values, const double* ma
 
 // Win rate, lower bound and chi of one objective; NaN where the batch does not label it.
 template <class Team>
-MOPO_HOST_DEVICE void estimate(Team& team, const Batch& batch, const Options& options, int64_t objective,
-                               const Scratch& scratch, const Values& out) {
+MOPO_HOST_DEVICE void estimate(Team& team, const Labels& labels, int64_t objective, const Scratch& scratch,
+                               const Results& out) {
     double sums[2];
-    team.sum(batch.groups, sums, [&](int64_t group, double* total) {
-        const Members members = batch.members(group);
-        const bool labelled = is_labelled(batch, members, objective);
+    team.sum(labels.groups, sums, [&](int64_t group, double* total) {
+        const Members members = labels.members(group);
+        const bool labelled = is_labelled(labels, members, objective);
         total[1] += labelled;
         for (int64_t i : members) {
-            const double v = labelled ? value(batch, i, objective) : 0;
+            const double v = labelled ? value(labels, i, objective) : 0;
             total[0] += out.weights[i] * v;
             scratch.values[i] = std::exp(scratch.log_weight[i] - scratch.log_ref[i]) * v;
             scratch.masses[i] = labelled ? std::exp(scratch.log_ref[i]) : 0;
         }
     });
     Bound bound{NAN, NAN};
-    if (sums[1] > 0) bound = robust_bound(team, scratch.values, scratch.masses, batch.responses, options.eps);
+    if (sums[1] > 0)
+        bound = robust_bound(team, scratch.values, scratch.masses, labels.responses, labels.settings.eps);
     team.once([&] {
         out.win_rates[objective] = sums[0] / sums[1];
         out.lower_bounds[objective] = bound.lower_bound;
@@ -347,28 +287,12 @@ MOPO_HOST_DEVICE void estimate(Team& team, const Batch& batch, const Options& op
     });
 }
 
-// All but the estimates: weights and their statistics, the loss and its gradient.
+// All but the estimates, which may go to several teams afterwards, with values and masses of their own.
 template <class Team>
-MOPO_HOST_DEVICE void weighted_loss(Team& team, const Batch& batch, const Options& options, const Scratch& scratch,
-                                    const Values& out) {
-    check_values(team, batch, options, out);
-    target_policy(team, batch, options, scratch, out);
-    weight_statistics(team, batch, scratch, out);
-    team.once([&] { *out.dropped_mass = 0; });
-    if (options.policy_step == PolicyStep::clone)
-        clone_loss(team, batch, out);
-    else if (options.policy_step == PolicyStep::contrast)
-        contrast_loss(team, batch, scratch, out);
-    else
-        regress_loss(team, batch, scratch, out);
-}
-
-// Everything, by one team. After weighted_loss the estimates may go to several teams, with values and masses of their own.
-template <class Team>
-MOPO_HOST_DEVICE void objective(Team& team, const Batch& batch, const Options& options, const Scratch& scratch,
-                                const Values& out) {
-    weighted_loss(team, batch, options, scratch, out);
-    for (int64_t k = 0; k < batch.objectives; ++k) estimate(team, batch, options, k, scratch, out);
+MOPO_HOST_DEVICE void weigh(Team& team, const Labels& labels, const Scratch& scratch, const Results& out) {
+    check_values(team, labels, out);
+    target_policy(team, labels, scratch, out);
+    weight_statistics(team, labels, scratch, out);
 }
 
 }  // namespace mopo
