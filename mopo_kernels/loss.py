@@ -33,7 +33,7 @@ from mopo_kernels.checks import (
     token_ids,
 )
 from mopo_kernels.head.call import HeadCall, HeadInputs
-from mopo_kernels.head.policy import run_policy_loss
+from mopo_kernels.head.policy import linear_policy_loss
 from mopo_kernels.logprob import enter, sequence_sums
 from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
 from mopo_kernels.objective.target import LabelStatistics, label_statistics, measure
@@ -228,7 +228,7 @@ def _policy_loss(inputs: HeadInputs, call: HeadCall, labels: LabelStatistics, st
         inputs = inputs._replace(target=inputs.target.masked_fill(~here.unsqueeze(-1), call.ignore_index))
         aim = aim if index is None else aim.take(index)
     if call.backend != "reference" and any(call.needs):
-        loss, logp = run_policy_loss(inputs, call, step.policy_step, aim)
+        loss, logp, *_ = linear_policy_loss(*inputs, aim.packed(), step.policy_step, call.flat())
     else:
         logp = sequence_sums(inputs, call)
         loss = STEPS[step.policy_step].loss(logp.double(), aim).to(logp.dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 try:
@@ -10,8 +13,9 @@ except ImportError:
     _cpu = None  # type: ignore[assignment]
 
 
-def on_huge_pages(x: Tensor) -> Tensor:
-    """The same tensor, whose memory nobody has touched yet."""
+def new_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the device of `like`."""
+    x = like.new_empty(shape, dtype=dtype)
     if _cpu is not None and x.device.type == "cpu":
         _cpu.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size())
     return x

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mopo_kernels.backends.memory import on_huge_pages
+from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.checks import check_result
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.engines import Engine, fused_gradients, make_engine
@@ -62,7 +62,7 @@ def head_logprob(
     else:
         forward = options.on(options.backend)
         if save == "logits":
-            saved = on_huge_pages(weight.new_empty(_kept_shape(target, weight, save), dtype=compute_dtype(weight)))
+            saved = new_empty(weight, _kept_shape(target, weight, save), compute_dtype(weight))
             blocks = [rows] if count(rows) else []
             engine = TileEngine(inputs, forward, plan_for(inputs, rows, forward, "kept"), blocks=blocks, kept=saved)
         else:

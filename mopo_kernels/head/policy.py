@@ -21,17 +21,11 @@ from mopo_kernels.head.rows import Rows, rows_that_count, split, whole_groups
 from mopo_kernels.objective.steps import STEPS, StepTarget
 
 
-def run_policy_loss(inputs: HeadInputs, call: HeadCall, step: str, target: StepTarget) -> tuple[Tensor, Tensor]:
-    """The loss [], differentiable in hidden, weight and bias [S, L, H], and logp[S], which is not."""
-    loss, logp, *_ = linear_policy_loss(*inputs, target.packed(), step, call.flat())
-    return loss, logp
-
-
 def run_total_logprob(inputs: HeadInputs, call: HeadCall) -> Tensor:  # []
     """Σ logp over the rows that count, or their mean: the clone loss of one sequence of weight −1."""
     hidden, weight, bias, target = inputs
     one = HeadInputs(hidden.unsqueeze(0), weight, bias, target.unsqueeze(0))
-    return run_policy_loss(one, call, "clone", StepTarget.of_one(-1.0, hidden.device))[0]
+    return linear_policy_loss(*one, StepTarget.of_one(-1.0, hidden.device).packed(), "clone", call.flat())[0]
 
 
 @torch.library.custom_op("mopo_kernels::linear_policy_loss", mutates_args=())

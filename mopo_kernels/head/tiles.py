@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Statistics, Tile
-from mopo_kernels.backends.memory import on_huge_pages
+from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.plan import Plan, accumulate_dtype
 from mopo_kernels.head.rows import Rows, count, put, take
@@ -45,13 +45,17 @@ class TileEngine:
         self.bias = None if inputs.bias is None else inputs.bias.to(self.accumulate).contiguous()
         self.holds = holds  # the block of rows whose logits the tile holds
         rows = max(map(count, blocks), default=0)
-        self.tile = self._empty(min(rows, plan.row_block), plan.tile_columns(self.vocab)) if kept is None else kept
+        shape = min(rows, plan.row_block), plan.tile_columns(self.vocab)
+        self.tile = new_empty(inputs.weight, shape, plan.compute) if kept is None else kept
         needs_hidden, needs_weight, needs_bias = call.needs
-        self.out = None if kept is None or not any(call.needs) else self._empty(rows, plan.column_block)
-        self.grad_hidden = _zeros_like(inputs.hidden) if needs_hidden else None
+        self.out: Tensor | None = None  # where gradients go that must not overwrite the logits
+        if kept is not None and any(call.needs):
+            self.out = new_empty(inputs.weight, (rows, plan.column_block), plan.compute)
+        self.grad_hidden = inputs.hidden.new_zeros(inputs.hidden.shape) if needs_hidden else None
         parts = sum(-(-count(block) // plan.row_block) for block in blocks)
         # With one block each column is summed once, so weight's own dtype will do.
-        self.grad_weight = _like(inputs.weight, inputs.weight.dtype if parts == 1 else self.accumulate, needs_weight)
+        dtype = inputs.weight.dtype if parts == 1 else self.accumulate
+        self.grad_weight = new_empty(inputs.weight, inputs.weight.shape, dtype) if needs_weight else None
         self.grad_bias = inputs.weight.new_zeros(self.vocab, dtype=self.accumulate) if needs_bias else None
         self.is_first = True  # nothing is summed yet
 
@@ -119,9 +123,6 @@ class TileEngine:
     def _panel(self, columns: slice) -> Tensor:  # [C, H]
         return self.inputs.weight[columns].to(self.plan.compute)
 
-    def _empty(self, rows: int, columns: int) -> Tensor:
-        return on_huge_pages(self.inputs.weight.new_empty(rows, columns, dtype=self.plan.compute))
-
     def _hidden_sum(self, rows: Rows, hidden: Tensor) -> Tensor | None:
         """Zeros to sum the block's gradient in: those of the result, where they stand together and have the dtype."""
         if self.grad_hidden is None:
@@ -129,16 +130,6 @@ class TileEngine:
         if isinstance(rows, slice) and self.grad_hidden.dtype == self.accumulate:
             return self.grad_hidden[rows]
         return torch.zeros_like(hidden, dtype=self.accumulate)
-
-
-def _zeros_like(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, memory_format=torch.contiguous_format)
-
-
-def _like(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor | None:
-    if not needed:
-        return None
-    return on_huge_pages(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
