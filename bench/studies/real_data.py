@@ -1,6 +1,6 @@
 """Is what the log-probs imply also what the model writes? After `mopo train CONFIG.yaml`, on the held-out groups:
 
-    python bench/real_data.py examples/qa-feedback.yaml bench/results/qa-feedback [OPTIONS OF mopo train]
+    python -m bench.studies.real_data examples/qa-feedback.yaml bench/results/qa-feedback [OPTIONS OF mopo train]
 
 - win rates implied by log π − log π_ref, summed over the response (what `evaluate` logs) and per token;
 - texts sampled from the model with its adapter on and off, compared by the objectives that are scorers.
@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory for evaluation.json")
     parser.add_argument("--samples", type=int, default=2, help="texts per held-out prompt and model; 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    options, overrides = (
-        parser.parse_known_args()
-    )  # whatever else is given are options of mopo train, as the run had them
+    options, overrides = parser.parse_known_args()  # what else is given are options of mopo train, as the run had them
 
     script, config = parse_arguments([options.config, *overrides])
     scorers = load_scorers(config.scorers or [])

@@ -1,6 +1,6 @@
 """How long does the LM head take in the demo's training, in plain torch and in the engine? On the demo's micro-batches:
 
-    python bench/demo_head.py bench/results/demo
+    python -m bench.studies.demo_head bench/results/demo
 
 Trains SmolLM2-135M for a few steps as the demo does (under thresholds, LoRA, frozen head), keeps what `mopo_loss` was
 given, and times its forward and backward on that, the backends in turn. Writes head.json to the given directory.
@@ -13,9 +13,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from contest import rounds_of
-from memory import measure
 
+from bench import harness
 from mopo_kernels import mopo_loss
 from mopo_trainer import demo, trainer
 from mopo_trainer.files import write_json
@@ -30,15 +29,15 @@ def main() -> None:
     options = parser.parse_args()
     batches = micro_batches(options.steps)
     runs = {name: head_of(batches, backend) for name, backend in BACKENDS.items()}
-    seconds = rounds_of(runs)
+    results = harness.hold({name: lambda run=run: run for name, run in runs.items()})
     found = {
         "micro_batches": len(batches),
         "rows that count": [int((arguments[2] != -100).sum()) for arguments, _ in batches],
         "hidden": list(batches[0][0][0].shape),
         "vocab": len(batches[0][0][1]),
         "threads": torch.get_num_threads(),
-        "seconds": {name: [time / len(batches) for time in times] for name, times in seconds.items()},
-        "peak_bytes": {name: measure(run)[0] for name, run in runs.items()},
+        "seconds": {name: [time / len(batches) for time in result.rounds] for name, result in results.items()},
+        "peak_bytes": {name: result.peak_bytes for name, result in results.items()},
     }
     print(write_json(options.output / "head.json", found).read_text())
 
