@@ -68,7 +68,8 @@ def hold(
         call = _enter(bind, inputs, device, limits, results[name])
         if call is not None:
             calls[name] = call
-        _forget(inputs)
+        else:
+            _forget(inputs)
     _play(calls, results, device, limits)
     return results
 
@@ -130,14 +131,13 @@ def _enter(
         call = bind(*inputs)
         result.peak_bytes = peak_bytes(call, device)  # compiles kernels, chooses algorithms
         first = time.perf_counter() - start
-        if first > limits.patience:
-            result.rounds.append(first)
-            return None
-        result.peak_bytes = peak_bytes(call, device)
+        if first <= limits.patience:
+            result.peak_bytes = peak_bytes(call, device)
+            return call
+        result.rounds.append(first)
     except Exception as error:
         result.error = reason(error)
-        return None
-    return call
+    return None
 
 
 def _play(calls: dict[str, Run], results: dict[str, Result], device: torch.device, limits: Limits) -> None:
@@ -163,7 +163,7 @@ def _cold_cache(device: torch.device) -> Callable[[], object]:
 
 
 def _forget(inputs: Sequence[Tensor]) -> None:
-    """Gradients and cached memory that a failed contestant left behind."""
+    """Gradients and cached memory that a contestant left behind."""
     for x in inputs:
         x.grad = None
     gc.collect()

@@ -43,6 +43,7 @@ class Extent(NamedTuple):
     responses: int
     tile_rows: int  # what the tile engine multiplies at once
     tune: tuple[int, int, int]  # N, H, V
+    candidates: int | None  # block sizes to try of each cut kernel; None: all
     square: int
     copy: int
     rounds: int
@@ -56,6 +57,7 @@ REAL = Extent(
     responses=64,
     tile_rows=2048,
     tune=(8192, 4096, 32768),
+    candidates=None,
     square=8192,
     copy=2**30,
     rounds=5,
@@ -68,6 +70,7 @@ DRY = Extent(
     responses=64,
     tile_rows=4,
     tune=(6, 32, 100),
+    candidates=2,
     square=64,
     copy=2**16,
     rounds=1,
@@ -252,7 +255,7 @@ class Tuned(NamedTuple):
 
 def tune(device: torch.device, extent: Extent) -> Iterator[dict[str, Any]]:
     """Every candidate of every cut kernel, the table's own block sizes first: time, and whether the results agree."""
-    kernels = _to_tune(Sizes(*extent.tune, DTYPE, device))
+    kernels = _to_tune(Sizes(*extent.tune, DTYPE, device), extent.candidates)
     product = 2.0 * math.prod(extent.tune)
     expected: dict[str, list[Tensor]] = {}
     for turn in itertools.zip_longest(*(x.blocks for x in kernels.values())):  # each has had some when the time is up
@@ -271,7 +274,7 @@ def tune(device: torch.device, extent: Extent) -> Iterator[dict[str, Any]]:
                 yield result | {"error": harness.reason(error)}
 
 
-def _to_tune(sizes: Sizes) -> dict[str, Tuned]:
+def _to_tune(sizes: Sizes, candidates: int | None) -> dict[str, Tuned]:
     hidden, weight, target = (x.detach() for x in WORKLOADS["linear_logprob"].inputs(sizes))
     inputs = cut.CutInputs(hidden, weight, target, Transform.of(1.0, None))
     lse = cut.cut_statistics(inputs).lse
@@ -285,7 +288,7 @@ def _to_tune(sizes: Sizes) -> dict[str, Tuned]:
 
     def tuned(kernel: str, run: Callable[..., list[Tensor]], products: int, owned: bool) -> Tuned:
         blocks = [cut_tile.blocks_for(kernel, hidden), *cut_tile.candidates(kernel, DTYPE)]
-        return Tuned(run, products, owned, list(dict.fromkeys(blocks)))
+        return Tuned(run, products, owned, list(dict.fromkeys(blocks))[:candidates])
 
     return {
         "statistics": tuned("statistics", statistics, 1, False),

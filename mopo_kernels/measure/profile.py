@@ -25,7 +25,7 @@ OPS = {  # of workloads.py
     "label_statistics": "weights, win rates and bounds of N responses",
 }
 DTYPES = ("bfloat16", "float16", "float32")
-DEFAULTS = {  # on a GPU and on a CPU
+DEFAULTS: dict[str, tuple[int | str, int | str]] = {  # on a GPU and on a CPU
     "rows": (4096, 256),
     "hidden_size": (4096, 512),
     "vocab": (128256, 32768),
@@ -74,10 +74,10 @@ def run(arguments: Sequence[str]) -> int:
     from mopo_kernels.measure.workloads import Sizes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows, hidden_size, vocab, dtype = (
-        getattr(options, name) or of_device[device.type == "cpu"] for name, of_device in DEFAULTS.items()
-    )
-    sizes = Sizes(rows, hidden_size, vocab, getattr(torch, dtype), device)
+    for name, (on_gpu, on_cpu) in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, on_cpu if device.type == "cpu" else on_gpu)
+    sizes = Sizes(options.rows, options.hidden_size, options.vocab, getattr(torch, options.dtype), device)
     try:
         profiler = timeline.report(options.op, sizes, options.backend, options.steps)
     except torch.OutOfMemoryError as error:

@@ -201,9 +201,9 @@ def _responses(sizes: Sizes) -> tuple[Tensor, ...]:
     return torch.rand(n, OBJECTIVES, device=device), group, torch.ones(OBJECTIVES, device=device)
 
 
-def labels_of(*inputs: Tensor) -> Labels:
+def labels_of(win_rate: Tensor, group: Tensor, multipliers: Tensor) -> Labels:
     """The batch contract's argument for the inputs of label_statistics."""
-    return Labels(*inputs, lag_log_ratio=None, tau=TAU, eps=EPS, primary=0)
+    return Labels(win_rate, group, multipliers, lag_log_ratio=None, tau=TAU, eps=EPS, primary=0)
 
 
 def _label_statistics(backend: str | None, *inputs: Tensor) -> Run:
