@@ -1,8 +1,7 @@
 """What launchers of cut kernels share: inputs, their arguments of the kernels, and the block sizes.
 
 cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu/gpu_report.py found fastest on that GPU, or,
-where it has not run yet, what compiles without spills (docs/aot.md). "default" suits any GPU with 99 KB of shared
-memory.
+where it has not run yet, what compiles without spills (docs/aot.md). "default" suits GPUs with 99 KB of shared memory.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Blocks(NamedTuple):
 
 
 class CutInputs(NamedTuple):
-    """An LM head's inputs: everything but the sizes of blocks that statistics are computed from."""
+    """What the statistics of an LM head are computed from."""
 
     hidden: Tensor  # [N, H] float16, bfloat16 or float32; any strides
     weight: Tensor  # [V, H] likewise
@@ -88,17 +87,12 @@ TILES_OF_32_BITS = {
 }
 
 
-def _read_table() -> dict[str, dict[str, dict[str, Blocks]]]:
-    table = json.loads(Path(__file__).with_name("cut_blocks.json").read_text())
-    return {
-        architecture: {
-            dtype: {kernel: Blocks(**blocks) for kernel, blocks in kernels.items()} for dtype, kernels in dtypes.items()
-        }
-        for architecture, dtypes in table.items()
+TABLE: dict[str, dict[str, dict[str, Blocks]]] = {  # architecture → dtype → kernel → blocks
+    architecture: {
+        dtype: {kernel: Blocks(**blocks) for kernel, blocks in kernels.items()} for dtype, kernels in dtypes.items()
     }
-
-
-TABLE = _read_table()
+    for architecture, dtypes in json.loads(Path(__file__).with_name("cut_blocks.json").read_text()).items()
+}
 
 
 def blocks_for(kernel: str, hidden: Tensor) -> Blocks:
