@@ -58,6 +58,7 @@ class Resources(NamedTuple):
     shared_bytes: int  # per block
     product: str  # the instruction that multiplies matrices, "" if there is none
     ttir: str  # Triton's representation before anything depends on the architecture
+    ptx: str
 
 
 def resources(configuration: Configuration, architecture: str) -> Resources:
@@ -80,6 +81,7 @@ def resources(configuration: Configuration, architecture: str) -> Resources:
         shared_bytes=compiled.metadata.shared,
         product=next((name for name, instruction in PRODUCTS.items() if instruction in compiled.asm["ptx"]), ""),
         ttir=compiled.asm["ttir"],
+        ptx=compiled.asm["ptx"],
     )
 
 

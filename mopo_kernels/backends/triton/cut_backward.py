@@ -124,7 +124,7 @@ def cut_gradients_kernel(
         counts, inside = row_slope != 0, column < vocab
         z, bend = transformed(logits, bias, column, inside, inner, outer, SOFTCAP, True)
         is_target = column[None, :] == row_target[:, None]
-        grad = logit_gradient(z, bend, is_target, row_lse[:, None], row_slope[:, None], tl.float32)
+        grad = logit_gradient(z, is_target, row_lse[:, None], row_slope[:, None] * bend, tl.float32)
         grad = tl.where(counts[:, None], grad, 0)
         if tl.max(counts.to(tl.int32), 0) > 0:
             if grad_bias is not None:

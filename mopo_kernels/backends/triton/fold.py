@@ -213,7 +213,7 @@ def gradient_kernel(
         if row_coefficient != 0:
             block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
             z, bend = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
-            gradient = logit_gradient(z, bend, column == target_column, row_lse, slope, WORK)
+            gradient = logit_gradient(z, column == target_column, row_lse, slope * bend, WORK)
         store_block(aligned_out, gradient, place, shift, columns, BLOCK_V)
 
 
