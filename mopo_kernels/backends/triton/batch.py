@@ -120,9 +120,6 @@ def log_softmax(x, groups):
     return x - tl.log(group_sum(tl.exp(x), groups))
 
 
-# ------------------------------------------------------------------------------------------------------------- labels
-
-
 @triton.jit
 def labels_of(win_rate, objective, objectives, response, is_response, groups):
     """v_ik of one objective; whether it labels the response's group; how many labels are outside [0, 1]."""

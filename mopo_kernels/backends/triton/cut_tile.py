@@ -45,8 +45,7 @@ class CutInputs(NamedTuple):
     bias: Tensor | None = None  # [V] float32, contiguous
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """N, V and H."""
+    def sizes(self) -> tuple[int, int, int]:  # N, V, H
         return len(self.hidden), len(self.weight), self.hidden.shape[1]
 
     def arguments(self, blocks: Blocks) -> dict[str, Any]:
@@ -111,8 +110,7 @@ def blocks_for(kernel: str, hidden: Tensor) -> Blocks:
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Blocks]:
     """What is worth timing on any GPU beside the table's entry."""
-    wide = dtype == torch.float32
-    tiles, stages = (TILES_OF_32_BITS, (2,)) if wide else (TILES_OF_16_BITS, (3, 4))
+    tiles, stages = (TILES_OF_32_BITS, (2,)) if dtype == torch.float32 else (TILES_OF_16_BITS, (3, 4))
     return [Blocks(*tile, stage) for stage, tile in itertools.product(stages, tiles[kernel])]
 
 
