@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import itertools
 import math
-import mmap
 import os
 import re
 import runpy
@@ -25,9 +24,10 @@ import pytest
 import test_batch
 import torch
 from fold_contract import fold_statistics, random_tile
+from fold_truth import TRANSFORMS, exact_fold, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fold import DTYPES, TRANSFORMS, exact_fold
+from test_fold import DTYPES
 
 from mopo_kernels import backends
 from mopo_kernels.backends import native, reference
@@ -191,21 +191,10 @@ def test_the_binding_refuses_what_the_kernels_cannot_take(emulated):
 ROWS, VOCAB = 2**17, 2**18
 
 
-def sparse(*shape, dtype):
-    """Memory that exists where it is touched."""
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names since 3.12 only
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    try:
-        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    except OSError as error:
-        pytest.skip(f"no room for {shape} in the address space: {error}")
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_statistics_of_2_to_the_35_logits(emulated, dtype):
     """A block per row, so the longest sums there are; equal terms round the same way in all of them."""
-    logits, counted = sparse(ROWS, VOCAB, dtype=dtype), [0, ROWS // 2 + 1, ROWS - 1]
+    logits, counted = sparse(ROWS * VOCAB, dtype).view(ROWS, VOCAB), [0, ROWS // 2 + 1, ROWS - 1]
     logits[counted] = torch.randn(3, VOCAB).to(dtype)
     logits[ROWS // 2 + 1] = 0.3
     logits[ROWS // 2 + 1, 5] = 1
@@ -219,7 +208,7 @@ def test_statistics_of_2_to_the_35_logits(emulated, dtype):
 
 
 def test_gradient_of_rows_2_to_the_33_apart(emulated):
-    memory = sparse(ROWS, VOCAB, dtype=torch.bfloat16)
+    memory = sparse(ROWS * VOCAB, torch.bfloat16)
     first, second = (torch.as_strided(memory, (4, 300), (ROWS // 4 * VOCAB, 1), 1000 * i) for i in range(2))
     first.copy_(torch.randn(4, 300))
     target, coefficient = torch.tensor([0, 1, 2, 299]), torch.randn(4, dtype=torch.float64)
@@ -230,8 +219,8 @@ def test_gradient_of_rows_2_to_the_33_apart(emulated):
 
 def test_sums_of_sequences_2_to_the_33_apart(emulated):
     stride, shape = 2**33, (3, 50)
-    logp = torch.as_strided(sparse(3 * stride, dtype=torch.float32), shape, (stride, 1))
-    target = torch.as_strided(sparse(3 * stride, dtype=torch.int64), shape, (stride, 1))
+    logp = torch.as_strided(sparse(3 * stride, torch.float32), shape, (stride, 1))
+    target = torch.as_strided(sparse(3 * stride, torch.int64), shape, (stride, 1))
     logp.copy_(torch.randn(shape))
     target[1, :20] = -100
     sums, counts = emulated.sequence_sums(logp, target, -100)

@@ -8,11 +8,12 @@ import fold_contract
 import pytest
 import torch
 from fold_contract import fold_statistics, random_tile
+from fold_truth import TRANSFORMS, exact_fold
 from golden_cases import golden, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import SUMS
-from test_fold import DTYPES, TRANSFORMS, exact_fold
+from test_fold import DTYPES
 
 from mopo_kernels.backends import reference
 from mopo_kernels.backends.fold import Tile

@@ -11,7 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-BENCH = Path(__file__).parents[1] / "bench" / "gpu"
+BENCH = Path(__file__).parents[2] / "bench" / "gpu"
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 SHARED_BYTES_ANYWHERE = 99 * 1024
 REGISTERS = 65536  # of a multiprocessor
