@@ -17,7 +17,8 @@ from contest import rounds_of
 from memory import measure
 
 from mopo_kernels import mopo_loss
-from mopo_trainer import demo, trainer
+from mopo_trainer.commands import demo
+from mopo_trainer.training import trainer
 from mopo_trainer.files import write_json
 
 BACKENDS = {"before: plain torch": "reference", "after: the engine": "cpu"}

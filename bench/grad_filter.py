@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mopo_kernels import linear_logprob
 from mopo_trainer.data import load_rows
 from mopo_trainer.files import write_json
-from mopo_trainer.smollm import smollm2
+from mopo_trainer.commands.smollm import smollm2
 
 BLOCK = 128
 ROUNDS = 5
