@@ -16,8 +16,9 @@ import torch
 
 from bench import harness
 from mopo_kernels import mopo_loss
-from mopo_trainer import demo, trainer
+from mopo_trainer.commands import demo
 from mopo_trainer.files import write_json
+from mopo_trainer.training import trainer
 
 BACKENDS = {"before: plain torch": "reference", "after: the engine": "cpu"}
 

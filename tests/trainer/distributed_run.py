@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from conftest import make_tiny_model, make_tokenizer
 
-from mopo_trainer.config import MOPOConfig
-from mopo_trainer.trainer import MOPOTrainer
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.trainer import MOPOTrainer
 
 PROCESSES = int(torch.distributed.is_torchelastic_launched()) + 1  # one or two
 

@@ -13,8 +13,8 @@ from conftest import make_tiny_model, make_tokenizer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from mopo_trainer.config import MOPOConfig
-from mopo_trainer.trainer import MOPOTrainer
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.trainer import MOPOTrainer
 
 
 class KillAtStep(TrainerCallback):

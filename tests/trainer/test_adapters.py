@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from mopo_trainer.adapters import ADAPTERS, adapt
 from mopo_trainer.data import labels, load_rows, objectives, to_groups
-from mopo_trainer.scorers import load_scorers
-from mopo_trainer.sources import DataError
+from mopo_trainer.data.adapters import ADAPTERS, adapt
+from mopo_trainer.data.scorers import load_scorers
+from mopo_trainer.data.sources import DataError
 
 HH_RLHF = Path(os.environ.get("MOPO_HH_RLHF", Path(__file__).parents[3] / "shared/data/hh-rlhf"))
 

@@ -2,7 +2,13 @@
 
 import pytest
 
-from mopo_trainer.checkpoint import MANIFEST, newest_checkpoint, resolve_checkpoint, what_is_missing, write_manifest
+from mopo_trainer.training.resume import (
+    MANIFEST,
+    newest_checkpoint,
+    resolve_checkpoint,
+    what_is_missing,
+    write_manifest,
+)
 
 
 def checkpoint(directory, step):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import HfArgumentParser
 
-from mopo_trainer.config import MOPOConfig
+from mopo_trainer.training.config import MOPOConfig
 
 
 def test_command_line(tmp_path):

@@ -24,7 +24,7 @@ from mopo_trainer.data import (
     to_groups,
     tokenize_group,
 )
-from mopo_trainer.scorers import load_scorers
+from mopo_trainer.data.scorers import load_scorers
 
 EXAMPLES = Path(__file__).parents[2] / "examples/data"
 GROUP = {"prompt": "p", "responses": ["a", "bb", "ccc"]}
@@ -334,7 +334,7 @@ def test_labels_survive_saving(uneven, tmp_path):
 
 
 def test_labels_refuse_unknown_repeated_and_unlabelled_objectives(uneven):
-    with pytest.raises(DataError, match="objective 'humour' is not in the data; it has help, safe"):
+    with pytest.raises(DataError, match="objective 'humour' is not in the data; it has: help, safe"):
         labels(uneven, ["help", "humour"])
     with pytest.raises(DataError, match="duplicate objective names: 'help' is asked for twice"):
         labels(uneven, ["help", "help"])

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mopo_trainer import demo
-from mopo_trainer.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, verdict
-from mopo_trainer.evaluate import Interval
+from mopo_trainer.commands import demo
+from mopo_trainer.commands.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, verdict
+from mopo_trainer.report.evaluate import Interval
 
 
 @pytest.fixture(scope="module")

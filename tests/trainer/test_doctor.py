@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mopo_trainer import doctor
+from mopo_trainer.commands import doctor
 
 
 def test_everything_needed_is_here(capsys):

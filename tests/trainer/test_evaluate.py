@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopo_trainer.evaluate import bootstrap_interval, label_win_rates, sampled_win_rates
+from mopo_trainer.report.evaluate import bootstrap_interval, label_win_rates, sampled_win_rates
 
 NAN = math.nan
 

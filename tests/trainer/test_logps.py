@@ -4,7 +4,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mopo_trainer.logps import IGNORE_INDEX, LMHead, pack, response_hidden_states, response_logps
+from mopo_trainer.data.packing import IGNORE_INDEX, SequenceBatch, pack
+from mopo_trainer.training.head import LMHead, response_hidden_states
+from mopo_trainer.training.reference import response_logps
 
 SEQUENCES = [  # (input_ids, prompt_tokens): two groups of ragged responses, one response of a single token
     ([5, 6, 7, 20, 21, 22], 3),
@@ -14,6 +16,7 @@ SEQUENCES = [  # (input_ids, prompt_tokens): two groups of ragged responses, one
     ([9, 60, 61], 1),
 ]
 GROUPS = [0, 0, 0, 1, 1]
+BATCH = SequenceBatch.of(SEQUENCES)
 
 
 def plain_logps(model):
@@ -27,7 +30,7 @@ def plain_logps(model):
 
 
 def test_layout_of_a_shared_prompt():
-    packed = pack(SEQUENCES, GROUPS, pad_token_id=0)
+    packed = pack(BATCH, torch.tensor(GROUPS), pad_token_id=0)
     assert packed.input_ids.tolist() == [[5, 6, 7, 20, 21, 22, 30, 40, 41], [9, 50, 51, 52, 53, 60, 61, 0, 0]]
     assert packed.position_ids.tolist()[0] == [0, 1, 2, 3, 4, 5, 3, 3, 4]
     assert packed.segment.tolist()[1] == [0, 1, 1, 1, 1, 2, 2, -1, -1]
@@ -41,8 +44,8 @@ def test_layout_of_a_shared_prompt():
 def test_sharing_the_prompt_changes_no_hidden_state_and_no_gradient(tiny_model, attention):
     tiny_model.set_attn_implementation(attention)
     found = []
-    for row_of in (None, GROUPS):
-        packed = pack(SEQUENCES, row_of, pad_token_id=0)
+    for row_of in (None, torch.tensor(GROUPS)):
+        packed = pack(BATCH, row_of, pad_token_id=0)
         tiny_model.zero_grad()
         hidden = response_hidden_states(tiny_model, tiny_model, packed)
         counted = hidden[packed.target != IGNORE_INDEX]
@@ -53,10 +56,10 @@ def test_sharing_the_prompt_changes_no_hidden_state_and_no_gradient(tiny_model, 
 
 def test_other_attention_is_refused_for_shared_prompts_only(tiny_model):
     tiny_model.config._attn_implementation = "flash_attention_2"
-    packed = pack(SEQUENCES, GROUPS, pad_token_id=0)
+    packed = pack(BATCH, torch.tensor(GROUPS), pad_token_id=0)
     with pytest.raises(ValueError, match="share_prompt needs attn_implementation 'sdpa' or 'eager'"):
         response_hidden_states(tiny_model, tiny_model, packed)
-    assert set(pack(SEQUENCES, None, 0).model_inputs("flash_attention_2", torch.float32)) == {
+    assert set(pack(BATCH, None, 0).model_inputs("flash_attention_2", torch.float32)) == {
         "input_ids",
         "attention_mask",
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mopo_kernels import InfeasibleThresholds
-from mopo_trainer.pareto import (
+from mopo_trainer.commands.pareto import (
     EXAMPLES,
     example,
     front,
@@ -17,8 +17,8 @@ from mopo_trainer.pareto import (
     run_pareto,
     tabular_problem,
 )
-from mopo_trainer.plots import panel_pairs
-from mopo_trainer.solve import LabelProblem
+from mopo_trainer.commands.solve import LabelProblem
+from mopo_trainer.report.plots import panel_pairs
 
 HALF = [[0.5, 0.5], [0.5, 0.5]]
 FIRST = [[0.5, 0.9], [0.1, 0.5]]

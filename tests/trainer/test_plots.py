@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mopo_trainer.plots import plot_costs, plot_front, plot_training, save_figure
+from mopo_trainer.report.plots import plot_costs, plot_front, plot_training, save_figure
 
 
 def drawn(ax):

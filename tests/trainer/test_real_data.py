@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mopo_trainer.config import MOPOConfig
 from mopo_trainer.data import load_rows, split_groups, to_groups
-from mopo_trainer.scorers import load_scorers
-from mopo_trainer.trainer import MOPOTrainer
+from mopo_trainer.data.scorers import load_scorers
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.trainer import MOPOTrainer
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples" / "data"

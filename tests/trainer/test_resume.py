@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mopo_trainer.checkpoint import newest_checkpoint
+from mopo_trainer.training.resume import newest_checkpoint
 
 RUN = Path(__file__).parent / "resume_run.py"
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from mopo_trainer import sampling
-from mopo_trainer.sampling import full_sentences, sample_responses
+from mopo_trainer.commands import sampling
+from mopo_trainer.commands.sampling import full_sentences, sample_responses
 
 PROMPTS = ["Say yes.", "A somewhat longer question, is it not?", "?"]
 

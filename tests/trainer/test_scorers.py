@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from mopo_trainer.scorers import load_scorers, scorer
-from mopo_trainer.sources import DataError
+from mopo_trainer.data.scorers import load_scorers, scorer
+from mopo_trainer.data.sources import DataError
 
 BETTER_AND_WORSE = {
     "brevity": ("Two words.", "Here are four words."),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mopo_trainer import smollm
-from mopo_trainer.smollm import DIRECTORY, ModelUnavailable, default_cache, smollm2
+from mopo_trainer.commands import smollm
+from mopo_trainer.commands.smollm import DIRECTORY, ModelUnavailable, default_cache, smollm2
 
 PIP_FAILS = "WARNING: retrying\nERROR: no matching thing\n[notice] a new pip is there\n"
 

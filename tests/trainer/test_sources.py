@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
-from mopo_trainer.sources import DataError, load_rows
+from mopo_trainer.data.sources import DataError, load_rows
 
 ROWS = [
     {"prompt": "Why?", "responses": ["Because.", "No."], "ratings": {"zeal": [5, 4.67], "care": [1, 2]}},
@@ -61,7 +61,7 @@ def test_directory_of_splits(tmp_path):
     DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[1:])).save_to_disk(tmp_path / "saved")
     assert load_rows(tmp_path / "saved")["prompt"] == ["Why?", "How?"]
     assert load_rows(tmp_path / "saved", split="test")["prompt"] == ["How?"]
-    with pytest.raises(DataError, match=r"saved: no split 'valid'; it has train, test"):
+    with pytest.raises(DataError, match=r"saved: no split 'valid'; it has: train, test"):
         load_rows(tmp_path / "saved", split="valid")
 
 

@@ -9,9 +9,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from mopo_trainer import smollm
-from mopo_trainer.cli import main
-from mopo_trainer.train import StepLines, load_groups, lora_config, parse_arguments, step_line, summary_table
+from mopo_trainer.commands import smollm
+from mopo_trainer.commands.main import main
+from mopo_trainer.commands.train import load_groups, lora_config, parse_arguments, summary_table
+from mopo_trainer.training.callbacks import StepLines, step_line
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset", "d", "--report_to", "none"]
 
@@ -177,7 +178,7 @@ def test_a_subset_and_a_name_for_unlabelled_pairs(setup):
         (["config.yaml", "--thresholds", "brief"], "'brief' is not of the form objective=value"),
         (["config.yaml", "--thresholds", "brief=0.9", "--eps", "0.5"], "'brief' must reach 0.9"),
         (["config.yaml", "--thresholds", "speed=0.9"], "unknown objective 'speed'"),
-        (["config.yaml", "--primary", "speed"], "primary 'speed' is not in the data; it has friendly, brief"),
+        (["config.yaml", "--primary", "speed"], "primary 'speed' is not in the data; it has: friendly, brief"),
         (["config.yaml", "--dataset", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["config.yaml", "--eval_fraction", "1"], "eval_fraction=1.0 must lie in [0, 1)"),
         (["config.yaml", "--eval_fraction", ".1", "--eval_dataset", "pairs.jsonl"], "are both set; choose one"),

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
-from mopo_trainer.config import MOPOConfig
-from mopo_trainer.trainer import MOPOTrainer
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.trainer import MOPOTrainer
 
 
 def config(tmp_path, **options):
@@ -277,7 +277,7 @@ def test_lm_head_adapters_are_refused(tmp_path, tiny_model, tokenizer, pairs):
     ("options", "message"),
     [
         ({"primary": None}, "primary is not set; choose the objective to maximise among friendly, brief"),
-        ({"primary": "funny"}, "primary names 'funny', which the data does not carry; it has friendly, brief"),
+        ({"primary": "funny"}, "primary names 'funny', which the data does not carry; it has: friendly, brief"),
         ({"thresholds": ["funny=0.5"]}, "thresholds names 'funny'"),
         ({"thresholds": ["friendly=0.5"]}, "thresholds name the primary objective 'friendly'"),
         ({"min_weight": 0.5}, r"min_weight=0.5 could drop all responses of a group of 2"),

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from mopo_kernels import backends
-from mopo_trainer.tables import new_table
+from mopo_trainer.report.tables import new_table
 
 DISTRIBUTION = "mopo-kernels"
 REQUIRED_EXTRAS = ("", "trainer")  # what mopo solve and mopo train import

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from mopo_kernels import InfeasibleThresholds
 from mopo_kernels.checks import check_eps, check_tau
-from mopo_kernels.dual import attainable_range, auto_eps, full_thresholds, solve_grouped
-from mopo_kernels.grouped_labels import GroupedLabels, group_labels
-from mopo_trainer import data, plots
+from mopo_kernels.objective.dataset import GroupedLabels, group_labels
+from mopo_kernels.objective.dual import attainable_range, auto_eps, full_thresholds, solve_grouped
+from mopo_trainer import data
+from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.files import write_json
-from mopo_trainer.scorers import load_scorers
-from mopo_trainer.tables import new_table
+from mopo_trainer.names import did_you_mean, it_has
+from mopo_trainer.report import plots
+from mopo_trainer.report.tables import new_table
 
 RATCHET_BETA = 0.9995  # the paper's, and the trainer's default: what eps="auto" is measured by
 
@@ -86,7 +88,8 @@ class Problem(ABC):
                 raise ValueError(f"threshold on {name!r}: it is the primary, which is maximised, not held")
             if name not in self.objectives:
                 known = ", ".join(self.secondaries) or "none"
-                raise ValueError(f"threshold on unknown objective {name!r}; the secondaries here are: {known}")
+                near = did_you_mean(name, self.secondaries)
+                raise ValueError(f"threshold on unknown objective {name!r}; the secondaries here are: {known}{near}")
         bounds = torch.tensor([thresholds.get(name, -math.inf) for name in self.secondaries], dtype=torch.float64)
         try:
             return self.solve_bounds(bounds)
@@ -188,7 +191,7 @@ def load_problem(
     names = data.objectives(groups)
     for wanted in filter(None, (primary, *objectives)):
         if wanted not in names:
-            raise ValueError(f"{source} has no objective {wanted!r}; it has: {', '.join(names)}")
+            raise ValueError(f"{source} has no objective {wanted!r}; {it_has(wanted, names)}")
     first = primary or (objectives or names)[0]
     order = (first, *(name for name in names if name != first and (not objectives or name in objectives)))
     win_rate, group = data.labels(groups, order)

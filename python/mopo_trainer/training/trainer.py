@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -24,32 +21,25 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from mopo_kernels import MOPODual, MOPOOutput, mopo_loss, mopo_objective, mopo_weights
-from mopo_trainer.checkpoint import resolve_checkpoint, write_manifest
-from mopo_trainer.config import MOPOConfig
+from mopo_kernels import MOPODual, MOPOOutput, mopo_objective
+from mopo_kernels.loss import policy_loss
 from mopo_trainer.data import objectives, to_groups
-from mopo_trainer.evaluate import label_win_rates
+from mopo_trainer.data.packing import GroupBatch, collate
+from mopo_trainer.data.scorers import load_scorers
+from mopo_trainer.data.tokens import TokenizedGroups, tokenize_groups
 from mopo_trainer.files import atomic_path
-from mopo_trainer.logps import (
-    LMHead,
-    TokenizedGroups,
-    batch_sequences,
-    collate,
-    pack,
-    parameters_fingerprint,
-    response_hidden_states,
-    response_logps,
-    tokenize_groups,
-)
-from mopo_trainer.scorers import load_scorers
-
-STATE_FILE = "mopo_state.safetensors"
+from mopo_trainer.names import it_has
+from mopo_trainer.report.evaluate import label_win_rates
+from mopo_trainer.training.callbacks import DualCallback
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.head import LMHead, response_hidden_states
+from mopo_trainer.training.reference import parameters_fingerprint, response_logps
+from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
+from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
 
 
 class MOPOTrainer(Trainer):
@@ -100,8 +90,7 @@ class MOPOTrainer(Trainer):
         if eval_dataset is not None:
             self.eval_groups = _tokenize(_read(eval_dataset, args), names, tokenizer, args)
         self.dual = _dual(names, args)
-        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.pad_token_id = pad_token_id
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.reference: dict[str, Tensor] = {}  # log-probs [M]: train, eval of π_ref0; lag of π_lag; now, the next lag
         self._resumed = False
         self.record = StepRecord()
@@ -109,7 +98,7 @@ class MOPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate, pad_token_id=pad_token_id),
+            data_collator=collate,
             train_dataset=self.train_groups.dataset,
             eval_dataset=self.eval_groups.dataset if self.eval_groups else None,
             processing_class=tokenizer,
@@ -124,50 +113,39 @@ class MOPOTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, GroupBatch],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, MOPOOutput]:
-        """`mopo_loss` of a batch from `collate`; only the responses whose weight counts enter the model."""
-        args, device = self.args, inputs["input_ids"].device
-        response = inputs["response"].cpu()
-        labels = StepLabels(self.train_groups.win_rate[response], inputs["group"].cpu(), self._lag_log_ratio(response))
-        win_rate, group, lag_log_ratio = labels.to(device)
-        multipliers = self.dual.multipliers.to(device)
-        index = None
-        if args.policy_step == "clone":
-            weights = mopo_weights(win_rate, group, multipliers, tau=args.tau, lag_log_ratio=lag_log_ratio)
-            index = (weights > args.min_weight).nonzero().squeeze(-1)
-
-        row_of = None
-        if args.share_prompt:
-            row_of = (group if index is None else group[index]).tolist()
-        packed = pack(batch_sequences(inputs, index), row_of, self.pad_token_id).to(device)
+        """The policy step on a batch from `collate`; only the responses whose weight counts enter the model."""
+        args, batch, device = self.args, inputs["batch"], self.accelerator.device
+        labels = StepLabels(
+            self.train_groups.win_rate[batch.response], batch.group, self._lag_log_ratio(batch.response)
+        )
+        step = StepBatch.of(batch, labels, self.dual, args, self.pad_token_id)
+        packed = step.packed.to(device)
         plain = self.accelerator.unwrap_model(model)
         hidden = response_hidden_states(model, plain, packed)
         head = LMHead.of(plain)
         with self.accelerator.autocast():
-            output = mopo_loss(
+            output = policy_loss(
                 hidden.to(head.weight.dtype),
                 head.weight,
                 packed.target,
-                win_rate,
-                group,
-                multipliers,
-                tau=args.tau,
-                eps=float(self.dual.eps),
-                ref_logp=self._reference_logp(response, device),
-                lag_log_ratio=lag_log_ratio,
+                step.statistics.to(device),
+                ref_logp=self._reference_logp(batch.response, device),
                 policy_step=args.policy_step,
                 min_weight=args.min_weight,
-                index=index,
-                workspace_bytes=args.workspace_bytes,
-                grad_filter=args.grad_filter,
+                index=None if step.index is None else step.index.to(device),
                 backend=args.backend,
+                workspace_bytes=args.workspace_bytes,
                 **head.options,
             )
-        self.record.add(labels, output, all_tokens=int(inputs["attention_mask"].sum()), tokens=packed.tokens)
+        self.record.add(step)
         return (output.loss, output) if return_outputs else output.loss
+
+    def floating_point_ops(self, inputs: dict[str, GroupBatch]) -> int:
+        return super().floating_point_ops({"input_ids": inputs["batch"].sequences.ids})
 
     def _reference_logp(self, response: Tensor, device: torch.device) -> Tensor | None:
         """log π_ref of responses for contrast and regress: the policy of one lag ago, or the initial one."""
@@ -199,7 +177,7 @@ class MOPOTrainer(Trainer):
 
         The new reference is the policy as it was one lag ago (arXiv 2505.10892, Algorithm 1), scored then.
         """
-        self.dual.update(*self.record.labels())
+        self.record.move(self.dual)
         if self.dual.lag_due:
             self.reference["lag"] = self.reference.get("now", self.reference["train"])
             self.reference["now"] = self._response_logps(self.train_groups, description="Reference refresh")
@@ -252,7 +230,7 @@ class MOPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss, and what the policy's log-probs imply about the labels (`mopo_trainer.evaluate.label_win_rates`).
+        """Loss, and what the policy's log-probs imply about the labels (`report.evaluate.label_win_rates`).
 
         Both against the initial policy, after a lag refresh too.
 
@@ -346,9 +324,7 @@ class MOPOTrainer(Trainer):
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        dual = {f"dual.{name}": value for name, value in self.dual.state_dict().items()}
-        reference = {f"reference.{name}": value for name, value in self.reference.items()}
-        save_file({k: v.clone() for k, v in (dual | reference).items()}, written / STATE_FILE)  # no shared storage
+        RunState(self.dual.state_dict(), self.reference).write(written)
         write_manifest(written)
         if final.exists():
             final.rename(written.parent / "replaced")
@@ -356,119 +332,13 @@ class MOPOTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = load_file(Path(resume_from_checkpoint) / STATE_FILE)
-        self._check_resumable(state, resume_from_checkpoint)
-        self.dual.load_state_dict({k.removeprefix("dual."): v for k, v in state.items() if k.startswith("dual.")})
-        self.reference = {k.removeprefix("reference."): v for k, v in state.items() if k.startswith("reference.")}
-
-    def _check_resumable(self, state: Mapping[str, Tensor], checkpoint: str) -> None:
-        """Raises ValueError where the arguments have changed in a way that the checkpoint's state cannot follow."""
-        saved = dict(zip(self.dual.secondaries, state["dual.floors"].tolist(), strict=True))
-        wanted = dict(zip(self.dual.secondaries, self.dual.floors.tolist(), strict=True))
-        changed = [f"{name} {saved[name]:g} → {wanted[name]:g}" for name in saved if saved[name] != wanted[name]]
-        if changed:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: its run had other thresholds ({', '.join(changed)}); "
-                "resume with the same, or start a new run from its model"
-            )
-        if self._needs_reference() and "reference.train" not in state:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: it holds no reference log-probs, which policy_step="
-                f"{self.args.policy_step!r} or lag_steps need; resume with the options it was written with"
-            )
+        state = RunState.read(Path(resume_from_checkpoint))
+        state.check(self.dual, resume_from_checkpoint, needs_reference=self._needs_reference())
+        self.dual.load_state_dict(state.dual)
+        self.reference = state.reference
 
     def _needs_reference(self) -> bool:
         return self.args.policy_step != "clone" or self.args.lag_steps is not None
-
-
-class DualCallback(TrainerCallback):
-    """Moves the multipliers: solved before the first step, updated after every step, refreshed at every lag."""
-
-    def __init__(self, trainer: MOPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.start_dual()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.record.start_clock()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.step_dual()
-
-
-class StepLabels(NamedTuple):
-    """The labels of a batch, on the CPU in float64."""
-
-    win_rate: Tensor  # [B, K]
-    group: Tensor  # [B]
-    lag_log_ratio: Tensor | None  # [B]
-
-    def to(self, device: torch.device) -> StepLabels:
-        lag = None if self.lag_log_ratio is None else self.lag_log_ratio.to(device)
-        return StepLabels(self.win_rate.to(device), self.group.to(device), lag)
-
-
-class StepRecord:
-    """What the micro-batches of the running step hold for the dual, and of the steps since the last log for the log."""
-
-    def __init__(self) -> None:
-        self._labels: list[StepLabels] = []
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._tokens = {"tokens": 0, "skipped_tokens": 0}
-        self._since = time.perf_counter()
-
-    def start_clock(self) -> None:
-        """Tokens per second count from the first step after a log: evaluation and reference passes are not training."""
-        if not self._values:
-            self._since = time.perf_counter()
-
-    def add(self, labels: StepLabels, output: MOPOOutput, *, all_tokens: int, tokens: int) -> None:
-        self._labels.append(labels)
-        for name in ("win_rates", "lower_bounds", "ess", "kl", "dropped_mass"):
-            self._values[name].append(getattr(output, name).detach().double().cpu())
-        self._tokens["tokens"] += tokens
-        self._tokens["skipped_tokens"] += all_tokens - tokens
-
-    def labels(self) -> StepLabels:
-        """The labels of the whole step, groups of its micro-batches kept apart; then forgets them."""
-        parts, self._labels = self._labels, []
-        offset = max(int(part.group.max()) for part in parts) + 1
-        lags = [part.lag_log_ratio for part in parts if part.lag_log_ratio is not None]
-        return StepLabels(
-            torch.cat([part.win_rate for part in parts]),
-            torch.cat([part.group + i * offset for i, part in enumerate(parts)]),
-            torch.cat(lags) if lags else None,
-        )
-
-    def metrics(self, dual: MOPODual, accelerator: Any) -> dict[str, float]:
-        """Means since the last log over steps and ranks, token counts summed; then starts over."""
-        if not self._values:
-            return {}
-        mean = {name: torch.stack(values).nanmean(0) for name, values in self._values.items()}
-        counts = torch.tensor([float(self._tokens["tokens"]), float(self._tokens["skipped_tokens"])])
-        if accelerator.num_processes > 1:
-            device = accelerator.device
-            mean = {k: accelerator.gather(v[None].to(device)).nanmean(0).cpu() for k, v in mean.items()}
-            counts = accelerator.reduce(counts.to(device), reduction="sum").cpu()
-        seconds = time.perf_counter() - self._since
-        logs = {name: mean[name].item() for name in ("ess", "kl", "dropped_mass")}
-        logs |= {"tokens_per_second": counts[0].item() / seconds, "skipped_tokens": counts[1].item()}
-        thresholds = dict(zip(dual.secondaries, dual.thresholds.tolist(), strict=True))
-        for k, name in enumerate(dual.objectives):
-            logs[f"win_rate/{name}"] = mean["win_rates"][k].item()
-            logs[f"multiplier/{name}"] = dual.multipliers[k].item()
-            logs[f"bound/{name}"] = mean["lower_bounds"][k].item()
-            if thresholds.get(name, -torch.inf) > -torch.inf:
-                logs[f"threshold/{name}"] = thresholds[name]
-                logs[f"slack/{name}"] = logs[f"bound/{name}"] - thresholds[name]
-        self._values.clear()
-        self._tokens = {"tokens": 0, "skipped_tokens": 0}
-        return logs
 
 
 def _read(rows: Dataset | Sequence[Mapping[str, Any]], args: MOPOConfig) -> Dataset:
@@ -497,7 +367,7 @@ def _objective_order(names: Sequence[str], args: MOPOConfig) -> list[str]:
     for argument, wanted in (("primary", [args.primary]), ("thresholds", args.threshold_map())):
         for name in wanted:
             if name not in names:
-                raise ValueError(f"{argument} names {name!r}, which the data does not carry; it has {', '.join(names)}")
+                raise ValueError(f"{argument} names {name!r}, which the data does not carry; {it_has(name, names)}")
     if args.primary in args.threshold_map():
         raise ValueError(f"thresholds name the primary objective {args.primary!r}; it is maximised, not held")
     return [args.primary, *(name for name in names if name != args.primary)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mopo_trainer.names import did_you_mean
 from mopo_trainer.thresholds import parse_thresholds
 
 DESCRIPTION = "Align language models with several preferences at once: maximise one, hold thresholds on the others."
@@ -120,18 +121,24 @@ def _one_line(error: Exception) -> str:
 
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["train"]:  # its options come from dataclasses that take seconds to import
-        from mopo_trainer.train import run_train
+        if {"-h", "--help"} & set(arguments):
+            from mopo_trainer.commands.options import print_help
+
+            print_help()
+            raise SystemExit(0)
+        from mopo_trainer.commands.train import run_train
 
         return run_train(arguments[1:])
     if arguments[:1] == ["profile"]:  # what it offers depends on the device, which torch has to be asked for
-        from mopo_kernels import profile
+        from mopo_kernels.measure import profile
 
         return profile.run(arguments[1:])
     parser = build_parser()
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         command = " ".join(["mopo", *arguments[: args.run is not None]])
-        raise UsageError(f"unknown argument {unknown[0]!r} (see {command} --help)")
+        near = did_you_mean(unknown[0].split("=")[0], _option_names(parser, arguments[0]))
+        raise UsageError(f"unknown argument {unknown[0]!r}{near} (see {command} --help)")
     if args.run is None:
         parser.print_help()
         return 0
@@ -152,6 +159,13 @@ def build_parser() -> Parser:
     _add_doctor(commands)
     commands.add_parser("profile", help="where the time of an op goes here, against the machine's ceilings")
     return parser
+
+
+def _option_names(parser: Parser, command: str) -> list[str]:
+    """The options of a command, or of `mopo` itself."""
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    chosen = commands.choices.get(command, parser)
+    return [name for action in chosen._actions for name in action.option_strings]
 
 
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Parser:
@@ -295,14 +309,14 @@ def _eps(text: str) -> float | str:
 
 def _solve(args: argparse.Namespace) -> int:
     thresholds = parse_thresholds(args.threshold)
-    from mopo_trainer.solve import run_solve
+    from mopo_trainer.commands.solve import run_solve
 
     return run_solve(_label_problem(args), thresholds, points=args.points, output=args.output)
 
 
 def _pareto(args: argparse.Namespace) -> int:
     thresholds = parse_thresholds(args.threshold)
-    from mopo_trainer import pareto
+    from mopo_trainer.commands import pareto
 
     if args.file is not None and not pareto.is_tabular(Path(args.file)):
         return pareto.run_pareto(_label_problem(args), thresholds, points=args.points, output=args.output)
@@ -317,7 +331,7 @@ def _pareto(args: argparse.Namespace) -> int:
 
 
 def _label_problem(args: argparse.Namespace) -> Any:
-    from mopo_trainer.solve import load_problem
+    from mopo_trainer.commands.solve import load_problem
 
     return load_problem(
         args.file,
@@ -334,13 +348,13 @@ def _label_problem(args: argparse.Namespace) -> Any:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from mopo_trainer.demo import run_demo
+    from mopo_trainer.commands.demo import run_demo
 
     return run_demo(steps=args.steps, tiny=args.tiny, seed=args.seed, output=args.output)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mopo_trainer.doctor import run_doctor
+    from mopo_trainer.commands.doctor import run_doctor
 
     return run_doctor(as_json=args.json)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from mopo_trainer.sources import DataError
+from mopo_trainer.data.sources import DataError
 
 Row = Mapping[str, Any]
 Adapted = Iterator[tuple[int, Row | str]]  # (row index, row in an accepted format | why it is left out)

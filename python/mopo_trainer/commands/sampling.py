@@ -1,7 +1,7 @@
 """Draw responses from a chat model; run as a module, it makes the demo's data.
 
-    python -m mopo_trainer.sampling                                   # the shipped demo_data/responses.jsonl
-    python -m mopo_trainer.sampling --prompts mine.txt --output mine.jsonl --num-samples 8
+    python -m mopo_trainer.commands.sampling                                   # the shipped demo_data/responses.jsonl
+    python -m mopo_trainer.commands.sampling --prompts mine.txt --output mine.jsonl --num-samples 8
 
 The responses go to a JSONL file (`prompt`, `responses`) and the settings that made them to the JSON file beside it.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from mopo_trainer.commands.smollm import WHEEL, smollm2
 from mopo_trainer.files import atomic_path, write_json
-from mopo_trainer.smollm import WHEEL, smollm2
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")
@@ -158,9 +158,9 @@ def write_responses(path: Path, prompts: Sequence[str], responses: Sequence[Sequ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m mopo_trainer.sampling``."""
+    """Entry point of ``python -m mopo_trainer.commands.sampling``."""
     parser = argparse.ArgumentParser(
-        prog="python -m mopo_trainer.sampling", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="python -m mopo_trainer.commands.sampling", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("--model", help="a model directory or name (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--prompts", type=Path, default=DEMO_DATA / "prompts.txt", help="one prompt per line")

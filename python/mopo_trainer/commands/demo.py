@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct learns to write friendlier messages. The data (demo_data/:
 responses of the model itself to each) carry three objectives that conflict, computed from the text: friendliness,
 brevity and plain language. Friendliness alone is bought with length; under thresholds it must not be.
 
-1. the labels: which thresholds are attainable, what they cost (`mopo_trainer.solve`);
+1. the labels: which thresholds are attainable, what they cost (`mopo_trainer.commands.solve`);
 2. two LoRA adapters: the primary alone, and MOPO under thresholds (`MOPOTrainer`);
 3. held-out prompts: texts of the base model and of both, and win rates against the base model with intervals.
 """
@@ -43,18 +43,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mopo_trainer import plots
-from mopo_trainer.config import MOPOConfig
+from mopo_trainer.commands.pareto import front
+from mopo_trainer.commands.sampling import DEMO_DATA, sample_responses
+from mopo_trainer.commands.smollm import smollm2
+from mopo_trainer.commands.solve import LabelProblem, analyse, print_report
 from mopo_trainer.data import labels, load_rows, split_groups, to_groups
-from mopo_trainer.evaluate import Interval, bootstrap_interval, sampled_win_rates
+from mopo_trainer.data.scorers import BUILT_IN
 from mopo_trainer.files import atomic_path, write_json
-from mopo_trainer.pareto import front
-from mopo_trainer.sampling import DEMO_DATA, sample_responses
-from mopo_trainer.scorers import BUILT_IN
-from mopo_trainer.smollm import smollm2
-from mopo_trainer.solve import LabelProblem, analyse, print_report
-from mopo_trainer.tables import new_table
-from mopo_trainer.trainer import MOPOTrainer
+from mopo_trainer.report import plots
+from mopo_trainer.report.evaluate import Interval, bootstrap_interval, sampled_win_rates
+from mopo_trainer.report.tables import new_table
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.trainer import MOPOTrainer
 
 PRIMARY = "friendliness"
 THRESHOLDS = {"brevity": 0.6, "plain_language": 0.55}

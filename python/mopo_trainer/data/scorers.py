@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from mopo_trainer.sources import DataError, one_line
+from mopo_trainer.data.sources import DataError, one_line
 
 Scorer = Callable[[str, str], float]  # (prompt, response), both as plain text -> score
 

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
+from mopo_trainer.names import it_has
+
 logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -143,7 +145,7 @@ def _read_directory(path: Path, split: str) -> Dataset:
         ) from None
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
-            raise DataError(f"{path}: no split {split!r}; it has {', '.join(loaded)}")
+            raise DataError(f"{path}: no split {split!r}; {it_has(split, loaded)}")
         return loaded[split]
     return loaded
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mopo_trainer.scorers import Scorer
+from mopo_trainer.data.scorers import Scorer
 
 
 class Interval(NamedTuple):

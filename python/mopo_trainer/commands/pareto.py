@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mopo_kernels import InfeasibleThresholds
-from mopo_kernels.tabular import solve_tabular
-from mopo_trainer import plots
+from mopo_kernels.objective.tabular import solve_tabular
+from mopo_trainer.commands.solve import Problem, Solution
 from mopo_trainer.files import write_json
-from mopo_trainer.solve import Problem, Solution
-from mopo_trainer.tables import new_table
+from mopo_trainer.report import plots
+from mopo_trainer.report.tables import new_table
 from mopo_trainer.thresholds import parse_thresholds
 
 

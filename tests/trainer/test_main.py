@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mopo_trainer.cli import main
+from mopo_trainer.commands.main import main
 
 SUMMEVAL = Path(__file__).parents[2] / "examples" / "data" / "summeval-op" / "summeval-op.jsonl"
 COMMANDS = ("train", "solve", "pareto", "demo", "doctor", "profile")
@@ -87,7 +87,7 @@ def test_doctor_and_version(capsys):
 
 
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
-    from mopo_trainer import demo
+    from mopo_trainer.commands import demo
 
     calls = []
     monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options) or 0)
@@ -179,7 +179,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupt(**options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mopo_trainer.doctor.run_doctor", interrupt)
+    monkeypatch.setattr("mopo_trainer.commands.doctor.run_doctor", interrupt)
     assert run(capsys, "doctor") == (130, "", "mopo: interrupted\n")
 
 
@@ -196,7 +196,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 def test_start_up_imports_only_what_the_command_needs(tmp_path, arguments, unwanted):
     arguments = [str(tmp_path) if argument == "OUT" else argument for argument in arguments]
     code = (
-        "import sys; from mopo_trainer.cli import main; assert main(sys.argv[1:]) == 0; "
+        "import sys; from mopo_trainer.commands.main import main; assert main(sys.argv[1:]) == 0; "
         f"sys.exit(f'imported {{found}}' if (found := set(sys.modules) & set({unwanted})) else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)

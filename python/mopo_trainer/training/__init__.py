@@ -1,0 +1,1 @@
+"""MOPOTrainer and its parts."""
