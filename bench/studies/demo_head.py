@@ -2,7 +2,7 @@
 
     python -m bench.studies.demo_head bench/results/demo
 
-Trains SmolLM2-135M for a few steps as the demo does (under thresholds, LoRA, frozen head), keeps what `mopo_loss` was
+Trains SmolLM2-135M for a few steps as the demo does (under thresholds, LoRA, frozen head), keeps what `policy_loss` was
 given, and times its forward and backward on that, the backends in turn. Writes head.json to the given directory.
 """
 
@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from bench import harness
-from mopo_kernels import mopo_loss
+from mopo_kernels.loss import policy_loss
 from mopo_trainer.commands import demo
 from mopo_trainer.files import write_json
 from mopo_trainer.training import trainer
@@ -44,16 +44,16 @@ def main() -> None:
 
 
 def micro_batches(steps: int) -> list[tuple[tuple, dict]]:
-    """Arguments of `mopo_loss` in the demo's first steps."""
+    """Arguments of `policy_loss` in the demo's first steps."""
     given = []
 
     def keep(*arguments, **options):
         given.append((arguments, options))
-        return mopo_loss(*arguments, **options)
+        return policy_loss(*arguments, **options)
 
     settings = replace(demo.Settings(), steps=steps)
     groups, _ = demo._load_groups(settings, seed=0)
-    with mock.patch.object(trainer, "mopo_loss", keep), tempfile.TemporaryDirectory() as directory:
+    with mock.patch.object(trainer, "policy_loss", keep), tempfile.TemporaryDirectory() as directory:
         model, tokenizer = demo._load_model(tiny=False, seed=0)
         demo._train(model, tokenizer, groups, demo.THRESHOLDS, settings, 0, Path(directory))
     return given
@@ -65,7 +65,7 @@ def head_of(batches, backend):
 
     def run():
         for leaf, ((_, *arguments), options) in zip(leaves, batches, strict=True):
-            mopo_loss(leaf, *arguments, **options | {"backend": backend}).loss.backward()
+            policy_loss(leaf, *arguments, **options | {"backend": backend}).loss.backward()
             leaf.grad = None
 
     return run

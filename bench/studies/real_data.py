@@ -20,9 +20,10 @@ from mopo_trainer.commands.sampling import sample_responses
 from mopo_trainer.commands.train import load_groups, load_model, parse_arguments
 from mopo_trainer.data import objectives, plain_text
 from mopo_trainer.data.scorers import load_scorers
+from mopo_trainer.data.tokens import tokenize_groups
 from mopo_trainer.files import write_json
 from mopo_trainer.report.evaluate import bootstrap_interval, label_win_rates, sampled_win_rates
-from mopo_trainer.training.reference import response_logps, tokenize_groups
+from mopo_trainer.training.reference import response_logps
 
 
 def main() -> None:
