@@ -14,13 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mopo_kernels.measure import profile, timeline
 from mopo_kernels.measure.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
-from mopo_kernels.measure.workloads import WORKLOADS, Sizes, prepare
+from mopo_kernels.measure.workloads import WORKLOADS, Sizes
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 H100 = Ceilings(gemm=989e12, copy=3.35e12)  # its data sheet, as the page says
 CPU = torch.device("cpu")
 SIZES = Sizes(rows=10, hidden_size=3, vocab=7, dtype=torch.bfloat16, device=CPU)
 PRODUCT = 2 * 10 * 3 * 7
+
+
+def prepare(name, sizes, backend=None):
+    """A call of an op on fresh inputs."""
+    return WORKLOADS[name].bind(backend, *WORKLOADS[name].inputs(sizes))
 
 
 @pytest.mark.parametrize(

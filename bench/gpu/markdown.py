@@ -69,7 +69,8 @@ def _times(results: list[dict[str, Any]]) -> list[str]:
     for sizes, group in groupby(times, lambda result: result["sizes"]):
         rows = [
             [
-                *(r["name"], r["workload"]),
+                r["name"],
+                r["workload"],
                 _milliseconds(r.get("seconds")),
                 _percent(roofline_fraction(r, results)),
                 *_memory(r),

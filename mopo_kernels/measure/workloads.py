@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,12 +57,6 @@ class Workload(NamedTuple):
     work: Callable[[Sizes], Work]
     inputs: Callable[[Sizes], tuple[Tensor, ...]]
     bind: Callable[..., Run]  # (backend, *inputs)
-
-
-def prepare(name: str, sizes: Sizes, backend: str | None = None) -> Run:
-    """A call of an op on fresh inputs."""
-    workload = WORKLOADS[name]
-    return workload.bind(backend, *workload.inputs(sizes))
 
 
 @contextmanager
@@ -134,12 +128,14 @@ def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Ten
     return forward_and_backward(forward, hidden, weight)
 
 
-def _linear_logprob(backend: str | None, *inputs: Tensor) -> Run:
-    return forward_and_backward(lambda: linear_logprob(*inputs, reduction="sum", backend=backend), *inputs[:2])
+def _both_passes(reduction: Literal["none", "sum"]) -> Callable[..., Run]:
+    def bind(backend: str | None, *inputs: Tensor) -> Run:
+        def forward() -> Tensor:
+            return linear_logprob(*inputs, reduction=reduction, backend=backend).sum()
 
+        return forward_and_backward(forward, *inputs[:2])
 
-def _linear_logprob_rows(backend: str | None, *inputs: Tensor) -> Run:
-    return forward_and_backward(lambda: linear_logprob(*inputs, backend=backend).sum(), *inputs[:2])
+    return bind
 
 
 def _linear_logprob_forward(backend: str | None, *inputs: Tensor) -> Run:
@@ -148,7 +144,7 @@ def _linear_logprob_forward(backend: str | None, *inputs: Tensor) -> Run:
 
 
 def _frozen_head(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
-    return _linear_logprob_rows(backend, hidden, weight.detach(), target)
+    return _both_passes("none")(backend, hidden, weight.detach(), target)
 
 
 # ------------------------------------------------------------------------------------------------- what has no head
@@ -218,8 +214,8 @@ def _label_bytes(sizes: Sizes) -> Work:
 
 WORKLOADS = {
     "mopo_loss": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _clone_step),
-    "linear_logprob": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _linear_logprob),
-    "linear_logprob_rows": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _linear_logprob_rows),
+    "linear_logprob": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _both_passes("sum")),
+    "linear_logprob_rows": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _both_passes("none")),
     "linear_logprob_forward": Workload("linear_logprob", _products(1, 1, 1), head_inputs, _linear_logprob_forward),
     "frozen_head": Workload("linear_logprob", _products(2, 2, 1), head_inputs, _frozen_head),
     "token_logprob": Workload("token_logprob", _logit_bytes(1), _logits, _token_logprob),
