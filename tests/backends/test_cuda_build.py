@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: what nvcc makes of them, and the same sources run by an emulation of CUDA.
 
-csrc/cuda/emulation compiles fold.cu, batch.cu and bindings.cpp as C++: every thread of a block is a fiber, in an order
+cuda_emulation compiles fold.cu, batch.cu and bindings.cpp as C++: every thread of a block is a fiber, in an order
 that can be turned round. So indices, tails, barriers and arithmetic are tested here; exp and tanh are the host's.
 """
 
@@ -35,6 +35,7 @@ from mopo_kernels.backends.fold import Tile
 from mopo_kernels.backends.native import cuda
 
 ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent / "cuda_emulation"
 BUILD = cuda_report.BUILD
 STEP = {torch.float64: 2048, torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}  # columns a block reads
 
@@ -49,7 +50,7 @@ def emulated(tmp_path_factory):
     if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
         pytest.skip("needs g++ 12, for _Float16")
     module = tmp_path_factory.mktemp("emulated") / "_cuda.so"
-    includes = ["csrc/cuda/emulation", pybind11.get_include(), sysconfig.get_path("include")]
+    includes = [str(EMULATION), pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*BUILD["CUDA_SOURCES"], "csrc/cuda/bindings.cpp"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-U_FORTIFY_SOURCE"]  # fortified longjmp keeps to one stack
@@ -324,7 +325,7 @@ def test_reductions_of_a_team_follow_each_other(tmp_path, monkeypatch, order):
     source, program = tmp_path / "team.cpp", tmp_path / "team"
     source.write_text(TEAM_TEST)
     folder = ROOT / "csrc" / "cuda"
-    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", f"-I{folder / 'emulation'}", f"-I{folder}"]
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", f"-I{EMULATION}", f"-I{folder}"]
     subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
     assert subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout == "0"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+PROGRAMS = Path(__file__).parent / "cpu_programs"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-sanitize-recover=all"]
 ISA_FLAGS = {
     "fold_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -16,8 +17,8 @@ ISA_FLAGS = {
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-omit-frame-pointer"]
 
 
-FOLD = ["fold.cpp", "fold_portable.cpp", *ISA_FLAGS, "tests/fold_test.cpp"]
-BATCH = ["batch.cpp", "tests/batch_test.cpp"]
+FOLD = ["fold.cpp", "fold_portable.cpp", *ISA_FLAGS, PROGRAMS / "fold_test.cpp"]
+BATCH = ["batch.cpp", PROGRAMS / "batch_test.cpp"]
 
 
 @pytest.mark.slow
@@ -29,7 +30,7 @@ def test_the_kernels_run_clean_under_address_and_undefined_behaviour_sanitizers(
     for source in sources:
         target = tmp_path / (Path(source).stem + ".o")
         flags = [*FLAGS, *SANITIZERS, *ISA_FLAGS.get(source, [])]
-        subprocess.run(["g++", *flags, "-c", str(SOURCES / source), "-o", str(target)], check=True)
+        subprocess.run(["g++", *flags, f"-I{SOURCES}", "-c", str(SOURCES / source), "-o", str(target)], check=True)
         objects.append(str(target))
     program = tmp_path / "kernels"
     subprocess.run(["g++", *SANITIZERS, *objects, "-o", str(program)], check=True)

@@ -13,7 +13,6 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from mopo_trainer import data
 from mopo_trainer.data import (
     DataError,
     labels,
@@ -23,6 +22,7 @@ from mopo_trainer.data import (
     split_groups,
     to_groups,
     tokenize_group,
+    tokens,
 )
 from mopo_trainer.data.scorers import load_scorers
 
@@ -442,7 +442,7 @@ def test_messages_from_a_table_lose_the_keys_that_others_have(tokenizer):
 
 
 def test_truncation_takes_the_prompt_from_the_left_and_the_response_from_the_right(tokenizer, caplog):
-    data._report_cut.cache_clear()
+    tokens._report_cut.cache_clear()
     sequences = tokenize_group("abcdef", ["uvwxyz", "u"], tokenizer, max_prompt_length=4, max_length=8)
     assert decoded(tokenizer, sequences) == [("cdef", "uvwx"), ("cdef", "u<|end|>")]
     tokenize_group("abcdef", ["uvwxyz", "u"], tokenizer, max_prompt_length=4, max_length=8)
@@ -450,7 +450,7 @@ def test_truncation_takes_the_prompt_from_the_left_and_the_response_from_the_rig
 
 
 def test_nothing_is_reported_where_nothing_was_cut(tokenizer, caplog):
-    data._report_cut.cache_clear()
+    tokens._report_cut.cache_clear()
     [(ids, n)] = tokenize_group("abcdef", ["uvw"], tokenizer, max_prompt_length=4, max_length=8)
     assert (len(ids), n) == (8, 4)
     assert caplog.text == ""

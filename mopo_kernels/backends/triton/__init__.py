@@ -1,19 +1,24 @@
-"""Triton backend: the contracts fold.py and batch.py in Triton, for GPUs, or interpreted where TRITON_INTERPRET=1."""
+"""Triton backend: the contracts fold.py and batch.py in Triton, for GPUs, or interpreted where TRITON_INTERPRET=1.
+
+Where neither is there, Triton is not imported, which takes longer than the rest of the package.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-try:
+if find_spec("triton") is None:
+    UNAVAILABLE = "Triton is not installed; pip install triton"
+elif not (INTERPRETED or torch.cuda.is_available()):
+    UNAVAILABLE = "Triton kernels need a GPU, or TRITON_INTERPRET=1"
+else:
+    UNAVAILABLE = ""
     from mopo_kernels.backends.triton.batch import label_statistics, sequence_sums
     from mopo_kernels.backends.triton.fold import fold_gradient, fold_statistics
-except ImportError as error:
-    UNAVAILABLE = f"Triton is not installed ({error}); pip install triton"
-else:
-    UNAVAILABLE = "" if INTERPRETED or torch.cuda.is_available() else "Triton kernels need a GPU, or TRITON_INTERPRET=1"
 
 __all__ = ["INTERPRETED", "UNAVAILABLE", "fold_gradient", "fold_statistics", "label_statistics", "sequence_sums"]

@@ -6,12 +6,10 @@ cut_gradients    ∂(Σ coefficient · logp) by hidden, weight and bias
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from mopo_kernels.backends.triton import UNAVAILABLE
 from mopo_kernels.backends.triton.cut_tile import Blocks, CutInputs
 
-with suppress(ImportError):  # UNAVAILABLE says why
+if not UNAVAILABLE:
     from mopo_kernels.backends.triton.cut_backward import cut_gradients
     from mopo_kernels.backends.triton.cut_forward import cut_statistics
 

@@ -1,4 +1,4 @@
-// Every row kernel on ragged tiles against plain loops in double; built with ASan and UBSan by tests/test_sanitizers.py.
+// Every row kernel on ragged tiles against plain loops in double; built with ASan and UBSan by tests/backends/test_sanitizers.py.
 // Tiles are allocated to the byte, so that a read or write past a tail is caught.
 #include <cmath>
 #include <cstdio>
@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../fold.h"
+#include "fold.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Sums of ragged rows and label statistics against plain loops in double; built with ASan and UBSan by
-// tests/test_sanitizers.py. All arrays are allocated to the byte.
-#include "../batch.h"
+// tests/backends/test_sanitizers.py. All arrays are allocated to the byte.
+#include "batch.h"
 
 #include <cmath>
 #include <cstdio>
