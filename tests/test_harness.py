@@ -13,6 +13,7 @@ from bench.cpu import in_turn, report
 from bench.gpu import steps
 from mopo_kernels.measure.workloads import WORKLOADS, Sizes
 
+TREE = Path(in_turn.__file__).parents[2]
 CPU = torch.device("cpu")
 SIZES = Sizes(6, 16, 40, torch.float32, CPU)
 ROUNDS = harness.Limits(rounds=3)
@@ -121,10 +122,20 @@ def test_who_goes_first_changes():
     assert len(in_turn.rounds_of(this, other, ("call", "size"), argparse.Namespace(rounds=9, seconds=0))[0]) == 3
 
 
+def test_a_process_answers_every_turn(monkeypatch, capsys):
+    turns = [json.dumps([call, "8x32 H64 V1000", 2]) for call in in_turn.CALLS]
+    monkeypatch.setattr(sys, "stdin", turns)
+    in_turn.work()
+    package, *seconds = capsys.readouterr().out.split()
+    assert Path(package).parents[1] == TREE
+    assert len([x for x in seconds if float(x) > 0]) == len(turns)
+
+
+@pytest.mark.slow
 def test_a_tree_times_itself(monkeypatch, capsys):
     monkeypatch.setattr(in_turn, "TURN", 0.0)
-    tree = str(Path(in_turn.__file__).parents[2])
-    monkeypatch.setattr(sys, "argv", ["in_turn.py", "--other", tree, "--rounds", "2", "--size", "8x32 H64 V1000"])
+    arguments = ["--other", str(TREE), "--rounds", "2", "--size", "8x32 H64 V1000"]
+    monkeypatch.setattr(sys, "argv", ["in_turn.py", *arguments])
     in_turn.main()
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split("8x32")[0].strip() for line in lines] == list(in_turn.CALLS)

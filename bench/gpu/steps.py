@@ -74,7 +74,7 @@ DRY = Extent(
     square=64,
     copy=2**16,
     rounds=1,
-    compiler="aot_eager",
+    compiler="eager",
 )
 
 
