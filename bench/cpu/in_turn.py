@@ -68,7 +68,9 @@ def main() -> None:
 
 def rounds_of(this: Worker, other: Worker, case: tuple[str, str], options: argparse.Namespace) -> list[list[float]]:
     """Seconds of either worker in every round."""
-    longest = max(worker.seconds(*case, 2) for worker in (this, other) for _ in range(2))  # the first of them warms up
+    for worker in (this, other):
+        worker.seconds(*case, 1)  # warms up
+    longest = max(worker.seconds(*case, 1) for worker in (this, other))
     repeats = max(1, round(TURN / longest))
     times: dict[Worker, list[float]] = {this: [], other: []}
     start = time.monotonic()
