@@ -153,8 +153,7 @@ def _check_unit_interval(name: str, x: Tensor) -> None:
 # --------------------------------------------------------------------------------------------------------- policy step
 
 
-def check_reference(policy_step: str, choices: Iterable[str], ref_logp: Tensor | None, num_responses: int) -> None:
-    check_choice("policy_step", policy_step, choices)
+def check_reference(policy_step: str, ref_logp: Tensor | None, num_responses: int) -> None:
     if policy_step != "clone" and ref_logp is None:
         raise ValueError(f"policy_step={policy_step!r} needs ref_logp, the reference policy's log-probabilities")
     check_per_response(num_responses, ref_logp=ref_logp)

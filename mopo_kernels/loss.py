@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from mopo_kernels import backends
 from mopo_kernels.backends.batch import Labels
 from mopo_kernels.checks import (
+    check_choice,
     check_devices,
     check_finite,
     check_index,
@@ -85,8 +86,9 @@ class StepCall:
     index: Tensor | None  # [S]
 
     def check(self, *, sequences: int, batch: int) -> None:
-        check_reference(self.policy_step, STEPS, self.ref_logp, batch)
+        check_choice("policy_step", self.policy_step, STEPS)
         check_index(self.index, sequences=sequences, batch=batch, policy_step=self.policy_step)
+        check_reference(self.policy_step, self.ref_logp, batch)
 
     def kept(self, weights: Tensor) -> Tensor | None:  # [B] bool
         """The responses whose log-probability is computed; None for all."""
@@ -94,7 +96,7 @@ class StepCall:
             return None
         kept = weights > self.min_weight
         if self.index is not None:
-            kept = torch.zeros_like(kept).index_copy(0, self.index, kept[self.index])
+            kept = torch.zeros_like(kept).index_copy(0, self.index.long(), kept[self.index])
         return kept
 
 
@@ -161,13 +163,11 @@ def mopo_loss(
         ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit. All but NaN hidden states,
             weights or biases is refused before any product is formed.
     """
-    labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
-    check_label_shapes(labels)
-    step = StepCall(policy_step, ref_logp, min_weight, None if index is None else index.long())
+    step = StepCall(policy_step, ref_logp, min_weight, index)
     inputs, call = _enter(
         HeadInputs(hidden, weight, bias, target),
         step,
-        win_rate.shape[0],
+        win_rate.shape[:1].numel(),
         backend,
         temperature=temperature,
         softcap=softcap,
@@ -176,6 +176,8 @@ def mopo_loss(
         workspace_bytes=workspace_bytes,
         average=average,
     )
+    labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
+    check_label_shapes(labels)
     statistics = measure(labels, backends.if_it_has("label_statistics", backend))
     if not is_true(statistics.values.valid, in_vocabulary(inputs.target, weight.shape[0], ignore_index)):
         check_target(inputs.target, weight.shape[0], ignore_index)
@@ -203,7 +205,7 @@ def policy_loss(
     (average, bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes).
     """
     check_devices("hidden", hidden, labels=labels.slot)
-    step = StepCall(policy_step, ref_logp, min_weight, None if index is None else index.long())
+    step = StepCall(policy_step, ref_logp, min_weight, index)
     inputs = HeadInputs(hidden, weight, options.pop("bias", None), target)
     inputs, call = _enter(inputs, step, len(labels.slot), backend, **options)
     check_target(inputs.target, weight.shape[0], call.ignore_index)
@@ -234,7 +236,7 @@ def _policy_loss(inputs: HeadInputs, call: HeadCall, labels: LabelStatistics, st
         loss = STEPS[step.policy_step].loss(logp.double(), aim).to(logp.dtype)
     logp = logp.detach()
     if kept is not None:
-        logp = logp if index is None else logp.new_zeros(kept.shape).index_copy(0, index, logp)
+        logp = logp if index is None else logp.new_zeros(kept.shape).index_copy(0, index.long(), logp)
         logp = logp.masked_fill(~kept, torch.nan)
     return MOPOOutput.of(loss, logp, labels, kept)
 
@@ -268,7 +270,8 @@ def mopo_objective(
     labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
     check_label_shapes(labels)
     responses = win_rate.shape[0]
-    check_reference(policy_step, STEPS, ref_logp, responses)
+    check_choice("policy_step", policy_step, STEPS)
+    check_reference(policy_step, ref_logp, responses)
     check_per_response(responses, logp=logp, kept=kept)
     check_devices("logp", logp, win_rate=win_rate, ref_logp=ref_logp, kept=kept)
     if policy_step != "clone" and kept is not None:

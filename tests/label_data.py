@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from mopo_kernels.dual import attainable_range, solve_dual
+from mopo_kernels.objective.dual import attainable_range, solve_dual
 
 TAU = 0.1
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mopo_kernels.backends.cut import cut_gradients, cut_statistics
 from test_fold import TRANSFORMS, ULP
 
 from mopo_kernels.backends import cut
-from mopo_kernels.backends.cut import cut_gradients, cut_statistics
 
 if cut.UNAVAILABLE:
     pytest.skip(cut.UNAVAILABLE, allow_module_level=True)
 
 import triton
 import triton.language as tl
+from mopo_kernels.backends.cut_tile import Blocks
 
 from mopo_kernels.backends import cut_backward, cut_forward, cut_tile
-from mopo_kernels.backends.cut_tile import Blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

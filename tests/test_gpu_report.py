@@ -16,10 +16,10 @@ import pytest
 import torch
 from gpu_contest import Contestant
 from gpu_report import Step, run_step
+from mopo_kernels.workloads import WORKLOADS, Sizes
 
 from mopo_kernels.backends import cut_tile
-from mopo_kernels.rates import Rates
-from mopo_kernels.workloads import WORKLOADS, Sizes
+from mopo_kernels.head.rates import Rates
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ["Goals", "Steps", "Ceilings", "Times", "Objective", "Block sizes of the cut kernels", "Output of trace"]

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mopo_kernels.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
+from mopo_kernels.workloads import WORKLOADS, Sizes, prepare
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from mopo_kernels import profile
-from mopo_kernels.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
-from mopo_kernels.workloads import WORKLOADS, Sizes, prepare
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 H100 = Ceilings(gemm=989e12, copy=3.35e12)  # its data sheet, as the page says

@@ -150,12 +150,14 @@ def instruction_set() -> str:
     return _cpu.isa()
 
 
-@cache
+_MULTIPLIES_BFLOAT16 = os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512") and bool(
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether CPU products in a dtype are as fast as in float32: 16 bits need instructions of their own."""
-    if dtype == torch.bfloat16 and os.environ.get("MOPO_CPU_ISA") in (None, "", "avx512"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return dtype in (torch.float32, torch.float64)
+    return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and _MULTIPLIES_BFLOAT16)
 
 
 @cache

@@ -10,7 +10,7 @@ import math
 import torch
 from test_fold import TRANSFORMS, ULP, exact_fold
 
-from mopo_kernels.backends.fold import Statistics
+from mopo_kernels.backends.fold import Statistics, Tile
 
 
 def random_tile(rows, columns, dtype, device, *, offset=0, padding=0, scale=1.0, seed=0):
@@ -28,7 +28,7 @@ def fold_statistics(fold, logits, target, transform, bias, widths):
     edges = list(itertools.accumulate(widths, initial=0))
     for first, last in reversed(list(itertools.pairwise(edges))):
         part = None if bias is None else bias[first:last]
-        fold.fold_statistics(logits[:, first:last], target, statistics, transform, first_column=first, bias=part)
+        fold.fold_statistics(Tile(logits[:, first:last], target, transform, first, part), statistics)
     return statistics
 
 
@@ -37,9 +37,8 @@ def fold_gradient(fold, logits, target, lse, coefficient, transform, bias, width
     edges = list(itertools.accumulate(widths, initial=0))
     for first, last in itertools.pairwise(edges):
         part = None if bias is None else bias[first:last]
-        to = None if out is None else out[:, first:last]
-        options = {"first_column": first, "bias": part, "out": to}
-        fold.fold_gradient(logits[:, first:last], target, lse, coefficient, transform, **options)
+        tile = Tile(logits[:, first:last], target, transform, first, part)
+        fold.fold_gradient(tile, lse, coefficient, tile.logits if out is None else out[:, first:last])
     return logits if out is None else out
 
 
@@ -59,7 +58,7 @@ def check_tiles(fold, device, *, rows, widths, offset, padding, out_offset, dtyp
     rounding = ULP[work] * 4 * largest * max(1, transform.inner * transform.outer)
     statistics = fold_statistics(fold, logits, target, transform, bias, widths)
     torch.testing.assert_close(statistics.lse, lse, rtol=0, atol=rounding)
-    torch.testing.assert_close(statistics.target, at_target, rtol=0, atol=rounding)
+    torch.testing.assert_close(statistics.chosen, at_target, rtol=0, atol=rounding)
 
     before, out_around = logits.clone(), around
     out = None
@@ -86,7 +85,7 @@ def check_accuracy(fold, device, logits, *, relative=2e-6, gradient_relative=2e-
     statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
     assert ((statistics.lse - lse).abs() / lse.abs()).max() <= relative
     out = torch.full_like(logits, math.nan)
-    fold.fold_gradient(logits, target, statistics.lse, coefficient, TRANSFORMS[0], out=out)
+    fold.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, coefficient, out)
     assert ((out.double() - gradient).norm(dim=1) / gradient.norm(dim=1)).max() <= gradient_relative
 
 
@@ -127,19 +126,8 @@ def check_rows_that_do_not_count(fold, device, columns, dtype):
     fresh = Statistics.start(3, torch.device(device))
     assert all(torch.equal(x, y) for x, y in zip(statistics, fresh, strict=True))
     nothing = torch.zeros(3, dtype=torch.float64, device=device)
-    fold.fold_gradient(logits, target, statistics.lse, nothing, TRANSFORMS[0])
+    fold.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, nothing, logits)
     assert (logits == 0).all()
-
-
-def check_peaks(fold, device, *, rows, columns, block, dtype, transform, offset, with_bias):
-    logits, _ = random_tile(rows, columns, dtype, device, offset=offset, padding=1)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    bias = torch.randn(columns, device=device, dtype=work) if with_bias else None
-    target, ones = torch.zeros(rows, dtype=torch.int64, device=device), torch.ones(rows, device=device).double()
-    lse, _, p, _ = exact_fold(logits, target, ones, transform, bias)
-    expected = torch.stack([torch.stack([b.amax() for b in part.split(block, 1)]) for part in p.split(block)])
-    peaks = fold.fold_peaks(logits, lse, transform, block=block, bias=bias)
-    torch.testing.assert_close(peaks, expected, rtol=4e-6, atol=0)
 
 
 def check_long_rows_of_one_block(fold, device, columns):
@@ -155,8 +143,8 @@ def check_long_rows_of_one_block(fold, device, columns):
 
     statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
     torch.testing.assert_close(statistics.lse[counted], exact[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(statistics.target[counted], exact[1], rtol=0, atol=0)
-    fold.fold_gradient(logits, target, statistics.lse, coefficient, TRANSFORMS[0])
+    torch.testing.assert_close(statistics.chosen[counted], exact[1], rtol=0, atol=0)
+    fold.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, coefficient, logits)
     error = (logits[counted].double() - exact[3]).abs()
     assert (error <= exact[3].abs() * 2**-7 + 1e-30).all()
     logits[counted] = 0

@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from golden_cases import golden, tensor
 from label_data import TAU, Oracle, between, data, solve
 
-from mopo_kernels.dual import InfeasibleThresholds, attainable_range, auto_eps
-from mopo_kernels.multipliers import MOPODual, barrier_multipliers
-from mopo_kernels.objective import mopo_objective, win_rate_from_pairs
+from mopo_kernels import mopo_objective, win_rate_from_pairs
+from mopo_kernels.objective.dual import InfeasibleThresholds, attainable_range, auto_eps
+from mopo_kernels.objective.multipliers import MOPODual, barrier_multipliers
 
 NAMES = ["help", "harmless", "short"]
 

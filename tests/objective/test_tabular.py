@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden_cases import golden, tensor
 
-from mopo_kernels.dual import InfeasibleThresholds
-from mopo_kernels.tabular import solve_tabular
+from mopo_kernels.objective.dual import InfeasibleThresholds
+from mopo_kernels.objective.tabular import solve_tabular
 
 
 def problem(seed=0, objectives=3, responses=5):

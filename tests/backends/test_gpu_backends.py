@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
-from test_fused_loss import STEPS, labels
+from test_policy import STEPS, labels
 from test_tiles import exact, make, relative_error, values_and_gradients
 
 from mopo_kernels import backends, linear_logprob, mopo_loss, token_logprob
-from mopo_kernels.backends import cut
-from mopo_kernels.rates import Rates
+from mopo_kernels.backends.fold import Transform
+from mopo_kernels.backends.triton import cut
+from mopo_kernels.head.call import HeadCall
+from mopo_kernels.head.rates import Rates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["triton", "cut", "cuda"]
@@ -108,7 +110,8 @@ def test_opcheck_and_compile(backend):
         results.append(torch.autograd.grad(function(hidden, weight), (hidden, weight)))
     torch.testing.assert_close(*results)
     save = "nothing" if backend == "cut" else "logits"
-    arguments = (hidden, weight, None, target, [1.0, 1.0, 0.0], -100, None, 2**20, save, backend)
+    call = HeadCall(Transform.of(1.0), -100, backend, 2**20, (True, True, False)).flat()
+    arguments = (hidden, weight, None, target, call, save)
     torch.library.opcheck(torch.ops.mopo_kernels.linear_logprob.default, arguments)
 
 
@@ -131,7 +134,7 @@ def test_token_log_probs(backend, overwrite):
 def test_the_cut_kernels_form_no_tile(monkeypatch):
     if cut.UNAVAILABLE:
         pytest.skip(cut.UNAVAILABLE)
-    monkeypatch.setattr("mopo_kernels.tiles.Head.logits", None)
+    monkeypatch.setattr("mopo_kernels.head.tiles.TileEngine._form", None)
     inputs, target = inputs_of(20, 16, 150)
     gradients = values_and_gradients(inputs, target, torch.ones(20, device=DEVICE), "cut")[1:]
     assert all(x.isfinite().all() for x in gradients)
@@ -143,7 +146,7 @@ def test_measured_rates_choose_the_cut_kernels(monkeypatch, cut_rate, expected):
         pytest.skip(cut.UNAVAILABLE)
     rates = Rates(gemm=6e14, copy=math.inf, cut_statistics=cut_rate, cut_gradients=cut_rate)
     monkeypatch.delenv("MOPO_BACKEND", raising=False)
-    monkeypatch.setattr("mopo_kernels.head_ops.rates_of", lambda device, dtype: rates)
+    monkeypatch.setattr("mopo_kernels.head.engines.rates_of", lambda device, dtype: rates)
     (hidden, weight, _), target = inputs_of(20, 16, 150)
     monkeypatch.setattr(cut, "cut_statistics", None)
     if expected:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold import DTYPES, ISAS, TRANSFORMS, isa
 
-from mopo_kernels.backends import cpu
-from mopo_kernels.backends.fold import Statistics, Transform
+from mopo_kernels.backends.fold import Statistics, Tile, Transform
+from mopo_kernels.backends.native import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 __all__ = ["isa"]  # a fixture
@@ -31,14 +31,14 @@ __all__ = ["isa"]  # a fixture
     seed=st.integers(0, 10**6),
 )
 def test_ragged_tiles_at_any_alignment_in_place_and_beside(name, **case):
-    if not cpu._cpu.isa_supported(name):
+    if not cpu.module.isa_supported(name):
         return
-    before = cpu._cpu.isa()
-    cpu._cpu.choose_isa(name)
+    before = cpu.module.isa()
+    cpu.module.choose_isa(name)
     try:
         fold_contract.check_tiles(cpu, "cpu", **case)
     finally:
-        cpu._cpu.choose_isa(before)
+        cpu.module.choose_isa(before)
 
 
 def test_special_logits_and_rows(isa):
@@ -56,14 +56,6 @@ def test_accuracy_of_a_large_vocabulary(isa):
     fold_contract.check_accuracy(cpu, "cpu", logits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "scales", "softcap"])
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
-def test_peaks(isa, dtype, transform, with_bias):
-    case = {"dtype": dtype, "transform": transform, "with_bias": with_bias}
-    fold_contract.check_peaks(cpu, "cpu", rows=19, columns=75, block=8, offset=3, **case)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_of_16_bits_are_rounded_as_torch_rounds(isa, dtype):
     """To the nearest, ties to even; NaN, infinities and subnormal numbers too. A target of probability 0 shows them."""
@@ -73,7 +65,7 @@ def test_results_of_16_bits_are_rounded_as_torch_rounds(isa, dtype):
     columns = len(values)
     tile = torch.full((columns, columns), -math.inf, dtype=dtype)
     lse = torch.full((columns,), 100.0, dtype=torch.float64)
-    cpu.fold_gradient(tile, torch.arange(columns), lse, values.double(), Transform.of(1.0, None))
+    cpu.fold_gradient(Tile(tile, torch.arange(columns), Transform.of(1.0)), lse, values.double(), tile)
     assert torch.equal(tile.diagonal().isnan(), values.isnan())
     assert torch.equal(tile.diagonal().nan_to_num(7), values.to(dtype).nan_to_num(7))
 
@@ -85,6 +77,6 @@ def test_every_16_bit_logit_is_read_exactly(isa, dtype):
     rows = logits[: len(logits) // 32 * 32].reshape(-1, 32)  # wide enough for whole vectors of any instruction set
     statistics = Statistics.start(len(rows), rows.device)
     scale = Transform.of(1.0, None, 2.0**24)  # the smallest subnormal number of float16 is 1
-    cpu.fold_statistics(rows, torch.zeros(len(rows), dtype=torch.int64), statistics, scale)
-    assert torch.equal(statistics.max.float(), (rows.float() * 2.0**24).amax(1))
-    assert torch.equal(statistics.target.float(), rows[:, 0].float() * 2.0**24)
+    cpu.fold_statistics(Tile(rows, torch.zeros(len(rows), dtype=torch.int64), scale), statistics)
+    assert torch.equal(statistics.maximum.float(), (rows.float() * 2.0**24).amax(1))
+    assert torch.equal(statistics.chosen.float(), rows[:, 0].float() * 2.0**24)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from mopo_kernels import robust
-from mopo_kernels.robust import robust_bound
+from mopo_kernels.objective import robust
+from mopo_kernels.objective.robust import robust_bound
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # two float64 evaluation orders of the same sums
 

@@ -8,20 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mopo_kernels import rates
-from mopo_kernels.plan import (
+from mopo_kernels.backends.fold import Transform
+from mopo_kernels.head import rates
+from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.plan import (
     ALIGN,
     CPU_CACHE,
     CPU_WORKSPACE,
     GPU_WORKSPACE,
+    Sizes,
     cache_of,
-    cut_plan,
     default_workspace,
     fits_kept,
-    plan,
+    make_plan,
     seconds,
 )
-from mopo_kernels.rates import Rates
+from mopo_kernels.head.rates import Rates
 
 
 def make(
@@ -36,23 +38,15 @@ def make(
     gathered=True,
     cache=None,
 ):
-    compute = compute or widened(dtype)
-    return plan(
-        *(rows, hidden_size, vocab),
-        dtype=dtype,
-        compute=compute,
-        workspace_bytes=workspace,
-        logits=logits,
-        gathered=gathered,
-        cache_bytes=cache,
-    )
+    sizes = Sizes(max(rows, 1), hidden_size, vocab, dtype, compute or widened(dtype), gathered)
+    return make_plan(sizes, workspace, logits, cache)
 
 
 def widened(dtype):
     return max(dtype, torch.float32, key=lambda x: x.itemsize)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(0, 10_000),
     hidden_size=st.integers(1, 8192),
@@ -106,9 +100,10 @@ def test_a_small_workspace_recomputes_rather_than_multiplying_a_few_rows_at_a_ti
 
 
 def test_kept_logits_count_against_the_workspace():
-    sizes = {"dtype": torch.float32, "compute": torch.float32}
-    assert fits_kept(256, 64, 8192, **sizes, workspace_bytes=16 * 2**20)
-    assert not fits_kept(256, 64, 8192, **sizes, workspace_bytes=8 * 2**20)
+    inputs = HeadInputs(torch.empty(256, 64), torch.empty(8192, 64), None, torch.empty(256))
+    for workspace, fits in ((16 * 2**20, True), (8 * 2**20, False)):
+        call = HeadCall(Transform.of(1.0), -100, workspace_bytes=workspace)
+        assert fits_kept(inputs, call) == fits
     assert make(256, 64, 8192, workspace=16 * 2**20, logits="kept").row_block == 256
 
 
@@ -116,13 +111,14 @@ def test_the_cost_model_counts_what_each_engine_does():
     n, h, v = 16384, 4096, 131072
     tiles = make(n, h, v, dtype=torch.bfloat16, compute=torch.bfloat16, workspace=2**29)
     free = Rates(gemm=6e14, copy=math.inf, cut_statistics=6e14, cut_gradients=6e14)
-    assert seconds(n, h, v, 2, tiles, free) == pytest.approx((6 * n * h * v / 6e14, 8 * n * h * v / 6e14))
+    sizes = Sizes(n, h, v, torch.bfloat16, torch.bfloat16)
+    assert seconds(sizes, tiles, free) == pytest.approx((6 * n * h * v / 6e14, 8 * n * h * v / 6e14))
     blocks = math.ceil(n / tiles.row_block)
     moved = 3 * 2 * n * v + 8 * h * v * (blocks - 1)
-    by_tiles, _ = seconds(n, h, v, 2, tiles, free._replace(copy=3e12))
+    by_tiles, _ = seconds(sizes, tiles, free._replace(copy=3e12))
     assert by_tiles == pytest.approx(6 * n * h * v / 6e14 + moved / 3e12)
     streamed = make(n, h, v, dtype=torch.bfloat16, compute=torch.bfloat16, workspace=2**23)
-    assert seconds(n, h, v, 2, streamed, free)[0] == pytest.approx(8 * n * h * v / 6e14)
+    assert seconds(sizes, streamed, free)[0] == pytest.approx(8 * n * h * v / 6e14)
 
 
 def test_one_pass_on_a_cpu_folds_logits_that_are_still_in_the_cache():
@@ -144,12 +140,6 @@ def test_what_the_planner_asks_of_a_gpu(monkeypatch):
     assert rates.rates_of(gpu, torch.bfloat16) == Rates(**measured)
     assert rates.rates_of(gpu, torch.float16) is None
     assert rates.rates_of(torch.device("cpu"), torch.bfloat16) is None
-
-
-def test_cut_kernels_need_no_tile():
-    p = cut_plan(4096, 1024, torch.bfloat16)
-    assert (p.row_block, p.tile_columns(131072), p.cut) == (4096, 0, True)
-    assert p.workspace < 4096 * 1024 * 8
 
 
 def test_converted_panels_are_small_beside_the_workspace():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from label_data import TAU, Oracle, between, data, solve
 from scipy.optimize import least_squares, linprog, minimize
 
-from mopo_kernels.dual import InfeasibleThresholds, attainable_range, auto_eps, solve_dual
-from mopo_kernels.objective import mopo_objective, win_rate_from_pairs
-from mopo_kernels.robust import robust_bound
+from mopo_kernels import mopo_objective, win_rate_from_pairs
+from mopo_kernels.objective.dual import InfeasibleThresholds, attainable_range, auto_eps, solve_dual
+from mopo_kernels.objective.robust import robust_bound
 
 RESIDUAL = 1e-8  # what solve_dual promises
 NEWTON_STEPS = 10  # quadratic convergence takes 3 to 8 here; a wrong derivative three times as many

@@ -2,20 +2,21 @@
 
 import pytest
 import torch
-from memory import measure
 from torch import nn
 
 from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from_pairs
-from mopo_kernels.backends import cpu
-from mopo_kernels.head_ops import linear_logprob as linear_op
-from mopo_kernels.policy_ops import linear_policy_loss
-from mopo_kernels.token_ops import token_logprob as token_op
-from mopo_kernels.token_ops import token_logprob_overwrite
+from mopo_kernels.backends.fold import Transform
+from mopo_kernels.backends.native import cpu
+from mopo_kernels.head import plan
+from mopo_kernels.head.call import HeadCall
+from mopo_kernels.head.ops import head_logprob
+from mopo_kernels.head.policy import linear_policy_loss
+from mopo_kernels.objective.steps import STEPS, StepTarget
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 
 S, L, H, V = 6, 5, 8, 300
-SCALES = [0.5, 2.0, 1.0]
+CALL = HeadCall(Transform(0.5, 2.0, True), -100, "cpu", 2**20, (True, True, True)).flat()
 REF_LOGP = -torch.arange(float(S))
 
 
@@ -38,22 +39,15 @@ def test_opcheck_of_linear_logprob(save):
         target = target.clamp(min=0)  # rows that do not count leave the last rows of the logits unwritten
     if save == "grad_hidden":
         weight, bias = weight.detach(), None
-    torch.library.opcheck(linear_op, (hidden, weight, bias, target, SCALES, -100, None, 2**20, save, "cpu"))
+    torch.library.opcheck(head_logprob, (hidden, weight, bias, target, CALL, save))
 
 
-def test_opcheck_of_token_logprob():
-    (logits,) = tensors((4, 9))
-    torch.library.opcheck(token_op, (logits, torch.tensor([1, 2, -100, 3]), SCALES, -100, False, "cpu"))
-    arguments = (torch.randn(4), logits.detach(), torch.tensor([1, 2, -100, 3]), torch.randn(4).double(), SCALES)
-    torch.library.opcheck(token_logprob_overwrite, (*arguments, -100, "cpu"))
-
-
-@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
+@pytest.mark.parametrize("policy_step", STEPS)
 def test_opcheck_of_the_fused_loss(policy_step):
     hidden, weight, bias = tensors((S, L, H), (V, H), (V,))
-    labels = (torch.arange(3).repeat(2), torch.rand(S).double(), torch.rand(S).double(), torch.tensor(3.0).double())
-    options = (policy_step, False, [True, True, True], SCALES, -100, None, 2**20, "cpu", False)
-    arguments = (hidden, weight, bias, targets(), *labels, *options)
+    numbers = (torch.rand(S).double(), torch.rand(S).double(), torch.tensor(3.0).double())
+    labels = StepTarget(torch.arange(3).repeat(2), torch.full((S,), 2.0).double(), *numbers).packed()
+    arguments = (hidden, weight, bias, targets(), labels, policy_step, CALL)
     torch.library.opcheck(linear_policy_loss, arguments, rtol=1e-4, atol=1e-4)  # the loss cancels over a group
 
 
@@ -102,7 +96,7 @@ def test_autocast_decides_the_dtype_of_the_products():
 
 def test_autocast_leaves_the_products_alone(monkeypatch):
     """Panels are float32 so that sums are not of 16 bits: autocast, which would cast them back, is off in there."""
-    monkeypatch.setattr(cpu, "WIDENED", frozenset({torch.bfloat16}))
+    monkeypatch.setattr(plan.native, "multiplies", lambda dtype: dtype != torch.bfloat16)
     hidden, weight = tensors((S * L, H), (V, H))
     results = []
     for enabled in (True, False):
@@ -119,12 +113,10 @@ def test_opcheck_of_column_major_tensors():
     hidden, weight = (torch.randn(H, n).t().requires_grad_() for n in (S * L, V))
     target = targets().flatten().clamp(min=0)
     for save in ("logits", "nothing"):
-        arguments = (hidden, weight, None, target, SCALES, -100, None, 2**20, save, "cpu")
-        torch.library.opcheck(linear_op, arguments)
-    ones = torch.ones(1, dtype=torch.float64)
-    labels = (torch.zeros(1, dtype=torch.int64), ones, ones, ones[0])
-    options = ("clone", False, [True, True, False], SCALES, -100, None, 2**20, "cpu", False)
-    torch.library.opcheck(linear_policy_loss, (hidden[None], weight, None, target[None], *labels, *options))
+        torch.library.opcheck(head_logprob, (hidden, weight, None, target, CALL, save))
+    labels = StepTarget.of_one(1.0, hidden.device).packed()
+    call = HeadCall(Transform(0.5, 2.0, True), -100, "cpu", 2**20, (True, True, False)).flat()
+    torch.library.opcheck(linear_policy_loss, (hidden[None], weight, None, target[None], labels, "clone", call))
 
 
 @pytest.mark.parametrize("what", ["linear", "frozen head", "token", "loss"])
@@ -153,72 +145,3 @@ def test_backward_twice_gives_the_same_gradients_and_scales_them():
     again = torch.autograd.grad(loss, (hidden, weight))
     torch.testing.assert_close(list(again), first, rtol=0, atol=0)
     torch.testing.assert_close(list(tripled), [3 * g for g in first])
-
-
-def test_logits_changed_in_place_after_the_forward_are_an_error_not_a_wrong_gradient():
-    (logits,) = tensors((3, 7))
-    scaled = logits * 1.0
-    logp = token_logprob(scaled, torch.tensor([1, 2, 3]))
-    scaled.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        logp.sum().backward()
-
-
-def test_token_logprob_leaves_the_logits_alone_and_reads_strided_rows():
-    wide = torch.randn(5, 40)
-    logits = wide[:, 3:20].detach().requires_grad_()
-    target = torch.tensor([0, 16, -100, 4, 9])
-    results = []
-    for backend in ("cpu", "reference"):
-        logp = token_logprob(logits, target, softcap=4.0, backend=backend)
-        results.append([logp, *torch.autograd.grad(logp, logits, torch.arange(5.0))])
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("rows", [slice(None), slice(1, None, 2)], ids=["contiguous", "every other row"])
-def test_given_away_logits_hold_their_gradient_after_the_backward(rows):
-    (hidden, weight) = tensors((6, H), (V, H))
-    target = torch.tensor([0, V - 1, -100, 4, 9, 2])[rows]
-    results = []
-    for overwrite in (False, True):
-        logits = hidden @ weight.T
-        kept = logits.detach().clone()
-        logp = token_logprob(logits[rows], target, softcap=4.0, overwrite_logits=overwrite)
-        gradients = torch.autograd.grad(logp, (hidden, weight), torch.arange(1.0, 1 + len(target)))
-        results.append([logp, *gradients])
-        assert torch.equal(logits, kept) != overwrite
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-def test_overwriting_allocates_no_second_tensor_of_logits():
-    logits = torch.randn(64, 4096).requires_grad_()
-    target = torch.zeros(64, dtype=torch.int64)
-    largest = []
-    for overwrite in (False, True):
-        loss = token_logprob(logits, target, overwrite_logits=overwrite).sum()
-        largest.append(measure(lambda loss=loss: torch.autograd.grad(loss, logits))[1])
-    assert largest[0] == 64 * 4096 * 4
-    assert largest[1] < largest[0] / 64
-
-
-def test_overwriting_what_another_operator_saved_is_an_error_not_a_wrong_gradient():
-    (logits,) = tensors((3, 7))
-    saved = logits.tanh()
-    logp = token_logprob(saved, torch.tensor([1, 2, 3]), overwrite_logits=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        logp.sum().backward()
-    twice = token_logprob(logits * 1, torch.tensor([1, 2, 3]), overwrite_logits=True).sum()
-    twice.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        twice.backward()
-
-
-def test_a_compiled_graph_overwrites_no_logits():
-    hidden, weight = tensors((6, H), (V, H))
-    target = torch.arange(6)
-
-    def loss_of(hidden):
-        return token_logprob(hidden @ weight.T, target, overwrite_logits=True).sum()
-
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(*(torch.autograd.grad(f(hidden), hidden)[0] for f in (compiled, loss_of)))
