@@ -110,7 +110,7 @@ BAD_LABELS = [
     ({"win_rate": changed(WIN_RATE, 1.5, at=2)}, r"in \[0, 1\], or be NaN .* got 1.5 in row 2, objective 2"),
     ({"win_rate": changed(WIN_RATE, -0.5)}, r"in \[0, 1\], or be NaN .* got -0.5 in row 0, objective 0"),
     ({"win_rate": WIN_RATE.round().long()}, r"win_rate must be a floating-point tensor \[rows, objectives\]; got"),
-    ({"win_rate": WIN_RATE.flatten()}, r"win_rate must be a floating-point tensor \[rows, objectives\]; got"),
+    ({"win_rate": WIN_RATE[..., None]}, r"win_rate must be a floating-point tensor \[rows, objectives\]; got"),
     ({"group": torch.tensor([0, 1, 2, 0, 1, 7])}, "group [27] has one response: .* drop the prompt or add a response"),
     ({"group": GROUP.int()}, "group must be an int64 tensor with one id for each of the 6 .* got torch.int32"),
     ({"group": GROUP[:4]}, r"group must be an int64 tensor with one id for each of the 6 .* got torch.int64 \(4,\)"),
@@ -161,7 +161,7 @@ BAD_INDICES = [
 BAD_LOGP = [
     ({"logp": torch.zeros(B - 1)}, r"logp must have one entry for each of the 6 responses; got \(5,\)"),
     ({"logp": changed(torch.zeros(B), math.nan, at=2)}, "logp of response 2 is nan"),
-    ({"logp": torch.zeros(B, device="meta")}, "on meta and .* on cpu; move one of them"),
+    ({"logp": torch.zeros(B, device="meta")}, "win_rate is on cpu and logp on meta; move one of them"),
     ({"kept": torch.ones(B - 1, dtype=torch.bool)}, "kept must have one entry for each of the 6 responses"),
     ({"kept": torch.ones(B, dtype=torch.bool, device="meta")}, "kept is on meta and logp on cpu"),
     (
