@@ -41,7 +41,9 @@ def test_options_as_a_caller_gives_them():
 
 @pytest.mark.parametrize("needs", NEEDS)
 def test_gradients_are_needed_where_autograd_will_ask(needs):
-    hidden, weight, bias = (torch.zeros(shape, requires_grad=x) for shape, x in zip(((2, 3), (4, 3), 4), needs))
+    hidden, weight, bias = (
+        torch.zeros(shape, requires_grad=x) for shape, x in zip(((2, 3), (4, 3), 4), needs, strict=True)
+    )
     inputs = HeadInputs(hidden, weight, bias, torch.zeros(2, dtype=torch.int64))
     assert inputs.needs == needs
     assert inputs._replace(bias=None).needs == (*needs[:2], False)
