@@ -3,10 +3,9 @@
 import pytest
 import torch
 from contest import forward_and_backward, hold
-from peers import HEADS
-
 from mopo_kernels.head_ops import plan_for
 from mopo_kernels.plan import CPU_WORKSPACE
+from peers import HEADS
 
 SIZES = {  # N, H, V
     "2048x512x32768": (2048, 512, 32768),

@@ -14,12 +14,11 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from mopo_kernels.roofline import Run, peak_bytes, time_once
+from mopo_kernels.workloads import WORKLOADS, Sizes, forward_and_backward
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn import functional as F
-
-from mopo_kernels.roofline import Run, peak_bytes, time_once
-from mopo_kernels.workloads import WORKLOADS, Sizes, forward_and_backward
 
 ROUNDS = 5
 SECONDS = 20.0  # after which a contest has no more rounds, if it has had MIN_ROUNDS

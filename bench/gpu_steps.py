@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 
 import gpu_contest
 import torch
-
-from mopo_kernels import backends
-from mopo_kernels.backends import cut, cut_tile
-from mopo_kernels.backends.fold import Transform
 from mopo_kernels.plan import GPU_WORKSPACE
 from mopo_kernels.profile import lines_of, trace
 from mopo_kernels.rates import architecture
 from mopo_kernels.roofline import Run, copy_rate, gemm_rate, seconds_of
 from mopo_kernels.workloads import TAU, WORKLOADS, Sizes
+
+from mopo_kernels import backends
+from mopo_kernels.backends import cut, cut_tile
+from mopo_kernels.backends.fold import Transform
 
 DTYPE = torch.bfloat16
 PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "pytest")

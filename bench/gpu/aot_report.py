@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from aot_configurations import Configuration, of_batch, of_fold, of_table
 from triton.backends.compiler import GPUTarget
@@ -31,16 +32,18 @@ GPU. The lists below show that
 - the cut kernels and the fold kernels spill no registers (stack 0) and fit the shared memory of their GPU,
 - products of 16 bits run on tensor cores: `mma` on sm_80, `wgmma` on sm_90, `tcgen05` on sm_100; float32 is multiplied
   as float32 (unless torch may use TF32),
-- the kernel of label statistics, one program for a whole batch, has its stack where a batch has thousands of responses.
+- the kernel of label statistics, one program for a whole batch, has its stack where a batch has a thousand responses or
+  more.
 
 They say nothing about speed, nor about rows of hidden and weight that are not a multiple of 16 elements long: these
 work, and may spill. tests/test_aot.py asserts what stands here, and the same of all blocks that bench/gpu/gpu_report.py
 times.
 
-Written by `python bench/gpu/aot_report.py` with Triton {version}. A line holds the largest numbers of all configurations
-that differ in options only (softcap, bias, gradients needed, alignment of a fold's rows). The cut kernels' blocks are
-those of mopo_kernels/backends/triton/cut_blocks.json for that architecture; its "default" stands for all other GPUs. Registers
-and bytes of stack are per thread, bytes of shared memory per block.
+Written by `python bench/gpu/aot_report.py` with Triton {version}. A line holds the largest numbers of all
+configurations that differ in options only (softcap, bias, gradients needed, alignment of a fold's rows). The cut
+kernels' blocks are those of mopo_kernels/backends/triton/cut_blocks.json for that architecture; its "default" stands
+for all other GPUs; they need for float16 what they need for bfloat16. Registers and bytes of stack are per thread,
+bytes of shared memory per block.
 """
 
 
@@ -55,6 +58,7 @@ class Resources(NamedTuple):
     shared_bytes: int  # per block
     product: str  # the instruction that multiplies matrices, "" if there is none
     ttir: str  # Triton's representation before anything depends on the architecture
+    ptx: str
 
 
 def resources(configuration: Configuration, architecture: str) -> Resources:
@@ -77,6 +81,7 @@ def resources(configuration: Configuration, architecture: str) -> Resources:
         shared_bytes=compiled.metadata.shared,
         product=next((name for name, instruction in PRODUCTS.items() if instruction in compiled.asm["ptx"]), ""),
         ttir=compiled.asm["ttir"],
+        ptx=compiled.asm["ptx"],
     )
 
 
@@ -89,7 +94,8 @@ def all_resources(configurations: Iterable[Configuration], architecture: str) ->
 def _page() -> str:
     sections = [TEXT.format(version=triton.__version__)]
     for architecture in ARCHITECTURES:
-        configurations = {f"Cut kernels, {x}": list(of_table(x)) for x in (architecture, "default")}
+        dtypes = torch.bfloat16, torch.float32
+        configurations = {f"Cut kernels, {x}": list(of_table(x, dtypes)) for x in (architecture, "default")}
         configurations["Fold and batch"] = [*of_fold(), *of_batch()]
         for name, found in configurations.items():
             sections.append(f"## {architecture}: {name}\n\n{_table(all_resources(found, architecture))}\n")

@@ -8,7 +8,7 @@ import itertools
 import math
 
 import torch
-from test_fold import TRANSFORMS, ULP, exact_fold
+from fold_truth import TRANSFORMS, ULP, exact_fold
 
 from mopo_kernels.backends.fold import Statistics, Tile
 

@@ -5,9 +5,10 @@ import math
 import fold_contract
 import pytest
 import torch
+from fold_truth import TRANSFORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fold import DTYPES, ISAS, TRANSFORMS, isa
+from test_fold import DTYPES, ISAS, isa
 
 from mopo_kernels.backends.fold import Statistics, Tile, Transform
 from mopo_kernels.backends.native import cpu

@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import itertools
 import math
-import mmap
 import os
 import re
 import runpy
@@ -23,21 +22,21 @@ import fold_contract
 import pybind11
 import pytest
 import test_batch
-import test_objective
 import torch
 from fold_contract import fold_statistics, random_tile
-from golden_cases import golden
-from hypothesis import assume, given, settings
+from fold_truth import TRANSFORMS, exact_fold, sparse
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fold import DTYPES, TRANSFORMS, exact_fold
+from test_fold import DTYPES
 
 from mopo_kernels import backends
-from mopo_kernels.backends import cuda, reference
+from mopo_kernels.backends import native, reference
+from mopo_kernels.backends.fold import Tile
+from mopo_kernels.backends.native import cuda
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = cuda_report.BUILD
 STEP = {torch.float64: 2048, torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}  # columns a block reads
-OPTIONS = {"tau": 0.3, "eps": 0.02, "policy_step": "clone", "normalize": "group"}
 
 UNAVAILABLE = cuda.UNAVAILABLE  # before the emulation takes its place
 
@@ -63,9 +62,9 @@ def emulated(tmp_path_factory):
     spec.loader.exec_module(extension)
     torch.use_deterministic_algorithms(True)  # whatever torch allocates holds NaN until it is written
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_cuda", extension)
+        patch.setattr(cuda, "module", extension)
         patch.setattr(cuda, "UNAVAILABLE", "")
-        patch.setattr(cuda, "_stream", lambda x: contextlib.nullcontext(0))
+        patch.setattr(cuda, "_queue", lambda x: contextlib.nullcontext(0))
         patch.setitem(backends.BACKENDS, "cpu", cuda)
         yield cuda
     torch.use_deterministic_algorithms(False)
@@ -86,7 +85,7 @@ def in_every_order(monkeypatch, run):
 # -------------------------------------------------------------------------------------------------------------- fold
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(1, 5),
     widths=st.lists(
@@ -147,20 +146,6 @@ def test_rows_that_do_not_count_are_skipped_or_become_zero(emulated, columns, dt
     fold_contract.check_rows_that_do_not_count(emulated, "cpu", columns, dtype)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    rows=st.integers(1, 20),
-    columns=st.integers(1, 100),
-    block=st.sampled_from([1, 8, 33, 128]),
-    dtype=st.sampled_from(DTYPES),
-    transform=st.sampled_from(TRANSFORMS),
-    offset=st.integers(0, 3),
-    with_bias=st.booleans(),
-)
-def test_peaks_are_the_largest_probability_of_each_block(emulated, **case):
-    fold_contract.check_peaks(emulated, "cpu", **case)
-
-
 def test_long_rows_of_one_block(emulated):
     fold_contract.check_long_rows_of_one_block(emulated, "cpu", 2 * STEP[torch.bfloat16] + 4001)
 
@@ -168,9 +153,9 @@ def test_long_rows_of_one_block(emulated):
 def test_zero_rows_and_zero_columns(emulated):
     for shape in [(0, 5), (3, 0), (0, 0)]:
         fold_contract.check_rows_that_do_not_count(emulated, "cpu", 0, torch.float32)
-        tile, per_row = torch.empty(shape), torch.zeros(shape[0], dtype=torch.float64)
-        peaks = emulated.fold_peaks(tile, per_row, TRANSFORMS[0], block=8)
-        assert peaks.shape == (-(-shape[0] // 8), -(-shape[1] // 8))
+        tile = Tile(torch.empty(shape), torch.zeros(shape[0], dtype=torch.int64), TRANSFORMS[0])
+        per_row = torch.zeros(shape[0], dtype=torch.float64)
+        emulated.fold_gradient(tile, per_row, per_row, tile.logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,21 +166,24 @@ def test_the_order_of_threads_changes_no_bit_of_a_fold(emulated, monkeypatch, dt
     def run():
         statistics = fold_statistics(emulated, logits, target, TRANSFORMS[2], None, [77, logits.shape[1] - 77])
         grad = torch.full_like(logits, math.nan)
-        emulated.fold_gradient(logits, target, statistics.lse, ones, TRANSFORMS[2], out=grad)
-        return *statistics, grad, emulated.fold_peaks(logits, statistics.lse, TRANSFORMS[2], block=128)
+        emulated.fold_gradient(Tile(logits, target, TRANSFORMS[2]), statistics.lse, ones, grad)
+        return *statistics, grad
 
     for results in zip(*in_every_order(monkeypatch, run), strict=True):
         assert all(torch.equal(x, results[0]) for x in results)
 
 
 def test_the_binding_refuses_what_the_kernels_cannot_take(emulated):
-    tile, per_row = torch.zeros(2, 3), torch.zeros(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match="int32"):
-        emulated.fold_gradient(tile.int(), torch.zeros(2, dtype=torch.int64), per_row, per_row, TRANSFORMS[0])
+    logits, target = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    per_row = torch.zeros(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="overlap"):
-        emulated.fold_peaks(tile[:1].expand(2, 3), per_row, TRANSFORMS[0], block=8)
+        emulated.fold_gradient(Tile(logits[:1].expand(2, 3), target, TRANSFORMS[0]), per_row, per_row, logits)
+    module, sizes = emulated.module, {"rows": 1, "columns": 2**20, "row_stride": 2**20, "first_column": 0}
+    tile = module.Tile(logits=(1, "float32"), **sizes, bias=0, target=1)
     with pytest.raises(ValueError, match="a per-row array is missing"):
-        emulated._cuda.statistics(1, "float32", 1, 2**20, 2**20, 0, 0, 1, 1.0, 1.0, False, 1, 1, 1, 0, 0)
+        module.statistics(tile, module.Transform(1.0, 1.0, False), (1, 1, 1), 0, 0)
+    with pytest.raises(ValueError, match="dtype 'int32' is none of"):
+        module.Tile(logits=(1, "int32"), **sizes, bias=0, target=1)
 
 
 # --------------------------------------------------------------------------------------- addresses of more than 31 bits
@@ -203,21 +191,10 @@ def test_the_binding_refuses_what_the_kernels_cannot_take(emulated):
 ROWS, VOCAB = 2**17, 2**18
 
 
-def sparse(*shape, dtype):
-    """Memory that exists where it is touched."""
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names since 3.12 only
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    try:
-        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    except OSError as error:
-        pytest.skip(f"no room for {shape} in the address space: {error}")
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_statistics_of_2_to_the_35_logits(emulated, dtype):
     """A block per row, so the longest sums there are; equal terms round the same way in all of them."""
-    logits, counted = sparse(ROWS, VOCAB, dtype=dtype), [0, ROWS // 2 + 1, ROWS - 1]
+    logits, counted = sparse(ROWS * VOCAB, dtype).view(ROWS, VOCAB), [0, ROWS // 2 + 1, ROWS - 1]
     logits[counted] = torch.randn(3, VOCAB).to(dtype)
     logits[ROWS // 2 + 1] = 0.3
     logits[ROWS // 2 + 1, 5] = 1
@@ -226,26 +203,24 @@ def test_statistics_of_2_to_the_35_logits(emulated, dtype):
     lse, at_target, *_ = exact_fold(logits[counted], target[counted], torch.ones(3).double(), TRANSFORMS[0], None)
     statistics = fold_statistics(emulated, logits, target, TRANSFORMS[0], None, [VOCAB])
     torch.testing.assert_close(statistics.lse[counted], lse, rtol=2e-6, atol=0)
-    torch.testing.assert_close(statistics.target[counted], at_target, rtol=0, atol=0)
-    assert (statistics.sum == 0).sum() == ROWS - 3
+    torch.testing.assert_close(statistics.chosen[counted], at_target, rtol=0, atol=0)
+    assert (statistics.total == 0).sum() == ROWS - 3
 
 
-def test_gradient_and_peaks_of_rows_2_to_the_33_apart(emulated):
-    memory = sparse(ROWS, VOCAB, dtype=torch.bfloat16)
+def test_gradient_of_rows_2_to_the_33_apart(emulated):
+    memory = sparse(ROWS * VOCAB, torch.bfloat16)
     first, second = (torch.as_strided(memory, (4, 300), (ROWS // 4 * VOCAB, 1), 1000 * i) for i in range(2))
     first.copy_(torch.randn(4, 300))
     target, coefficient = torch.tensor([0, 1, 2, 299]), torch.randn(4, dtype=torch.float64)
-    lse, _, p, gradient = exact_fold(first, target, coefficient, TRANSFORMS[0], None)
-    emulated.fold_gradient(first, target, lse, coefficient, TRANSFORMS[0], out=second)
+    lse, _, _, gradient = exact_fold(first, target, coefficient, TRANSFORMS[0], None)
+    emulated.fold_gradient(Tile(first, target, TRANSFORMS[0]), lse, coefficient, second)
     assert ((second.double() - gradient).abs() <= gradient.abs() * 2**-7 + 1e-12).all()
-    peaks = emulated.fold_peaks(first, lse, TRANSFORMS[0], block=512)
-    torch.testing.assert_close(peaks, p.amax().view(1, 1), rtol=4e-6, atol=0)
 
 
 def test_sums_of_sequences_2_to_the_33_apart(emulated):
     stride, shape = 2**33, (3, 50)
-    logp = torch.as_strided(sparse(3 * stride, dtype=torch.float32), shape, (stride, 1))
-    target = torch.as_strided(sparse(3 * stride, dtype=torch.int64), shape, (stride, 1))
+    logp = torch.as_strided(sparse(3 * stride, torch.float32), shape, (stride, 1))
+    target = torch.as_strided(sparse(3 * stride, torch.int64), shape, (stride, 1))
     logp.copy_(torch.randn(shape))
     target[1, :20] = -100
     sums, counts = emulated.sequence_sums(logp, target, -100)
@@ -257,24 +232,18 @@ def test_sums_of_sequences_2_to_the_33_apart(emulated):
 # ------------------------------------------------------------------------------------------------------------- batch
 
 
-@pytest.mark.parametrize("case", golden("batch"))
-def test_golden_batch(emulated, case):
-    for policy_step in test_objective.POLICY_STEPS:
-        test_objective.test_golden_batch(case, policy_step, "cpu")
-
-
 @given(
-    batch=test_batch.batches,
-    tau=st.sampled_from([0.08, 0.3, 2.0]),
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(2, 6), min_size=1, max_size=7),
+    objectives=st.integers(1, 5),
+    kind=st.sampled_from(["uniform", "hard", "equal"]),
+    unlabelled=st.sampled_from([0.0, 0.3, 0.9]),
+    lag=st.booleans(),
     eps=st.sampled_from([0.0, 1e-6, 0.01, 0.15, 1.3, 50.0]),
-    policy_step=st.sampled_from(test_batch.STEPS),
-    normalize=st.sampled_from(["group", "none"]),
 )
-@settings(deadline=None, max_examples=150)
-def test_objective_is_what_plain_torch_computes(emulated, batch, **options):
-    # Equal labels give ratios that differ by rounding alone, much of it without normalisation, and χ is their spread.
-    assume(options["normalize"] == "group" or batch[1].nan_to_num(nan=0.5).unique().numel() > 1)
-    test_batch.assert_same(test_batch.values_of(batch, "cpu", **options), test_batch.expected_of(batch, **options))
+@settings(deadline=None, max_examples=60)
+def test_label_statistics_are_what_plain_torch_computes(emulated, **options):
+    test_batch.assert_same(test_batch.random_labels(**options, dtypes=test_batch.FLOATS), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -286,34 +255,22 @@ def test_objective_is_what_plain_torch_computes(emulated, batch, **options):
         pytest.param([2, 200, 3, 57], id="very unequal groups"),
     ],
 )
-@pytest.mark.parametrize("policy_step", test_batch.STEPS)
-def test_groups_of_any_number_and_size(emulated, sizes, policy_step):
-    test_batch.test_groups_of_any_number_and_size("cpu", sizes, policy_step)
+def test_groups_of_any_number_and_size(emulated, sizes):
+    test_batch.test_groups_of_any_number_and_size("cpu", sizes)
 
 
 def test_more_objectives_than_a_block_has_warps(emulated):
-    batch = test_batch.random_batch(3, [2, 3, 4], objectives=21, unlabelled=0.3)
-    test_batch.assert_same(test_batch.values_of(batch, "cpu", **OPTIONS), test_batch.expected_of(batch, **OPTIONS))
+    test_batch.assert_same(test_batch.random_labels(3, [2, 3, 4], objectives=21, unlabelled=0.3), "cpu")
 
 
-def test_what_is_not_kept_is_neither_read_nor_counted(emulated):
-    for seed in range(5):
-        batch = test_batch.random_batch(seed, [2, 3, 4, 2], kept=True, dtypes=test_batch.FLOATS)
-        test_batch.assert_same(test_batch.values_of(batch, "cpu", **OPTIONS), test_batch.expected_of(batch, **OPTIONS))
+@pytest.mark.parametrize(("field", "index", "value"), test_batch.BAD)
+def test_bad_values_are_flagged(emulated, field, index, value):
+    assert test_batch.values_of(test_batch.changed(field, index, value), "cpu")[1].valid == 0
 
 
-@pytest.mark.parametrize("argument", range(6))
-def test_bad_values_are_flagged(emulated, argument):
-    batch = test_batch.random_batch(6, [2, 3])
-    batch[argument].view(-1)[1] = 7 if argument == 2 else math.inf
-    assert test_batch.values_of(batch, "cpu", **OPTIONS | {"policy_step": "regress"}).valid == 0
-
-
-@pytest.mark.parametrize("policy_step", test_batch.STEPS)
-def test_the_order_of_threads_changes_no_bit_of_the_objective(emulated, monkeypatch, policy_step):
-    batch = test_batch.random_batch(5, [2, 3, 5] * 40, unlabelled=0.2)
-    options = {**OPTIONS, "eps": 0.1, "policy_step": policy_step}
-    runs = in_every_order(monkeypatch, lambda: test_batch.values_of(batch, "cpu", **options))
+def test_the_order_of_threads_changes_no_bit_of_label_statistics(emulated, monkeypatch):
+    labels = test_batch.random_labels(5, [2, 3, 5] * 40, unlabelled=0.2, eps=0.1)
+    runs = in_every_order(monkeypatch, lambda: emulated.label_statistics(labels))
     for results in zip(*runs, strict=True):
         assert all(torch.equal(x, results[0]) for x in results)
 
@@ -374,8 +331,8 @@ def test_reductions_of_a_team_follow_each_other(tmp_path, monkeypatch, order):
 
 # -------------------------------------------------------------------------------------------------------------- nvcc
 
-# 85 registers leave three blocks of 256 threads on a multiprocessor; the objective is one block in all.
-REGISTERS = {"statistics_kernel": 85, "gradient_kernel": 85, "peaks_kernel": 64, "sequence_sums_kernel": 64}
+# 85 registers leave three blocks of 256 threads on a multiprocessor; label statistics are one block in all.
+REGISTERS = {"statistics_kernel": 85, "gradient_kernel": 85, "sequence_sums_kernel": 64}
 
 
 @needs_nvcc
@@ -384,11 +341,11 @@ REGISTERS = {"statistics_kernel": 85, "gradient_kernel": 85, "peaks_kernel": 64,
 )
 def test_no_kernel_spills_and_registers_leave_room_for_three_blocks(names):
     resources = cuda_report.kernel_resources(names)
-    assert len(resources) == 16 * len(names)
+    assert len(resources) == 12 * len(names)
     for found in resources:
         assert found.spill_bytes == found.stack_bytes == 0, found
         assert found.registers <= REGISTERS.get(found.kernel.split("<")[0], 168), found
-    assert cuda_report.resource_table(resources).count("\n") == 17
+    assert cuda_report.resource_table(resources).count("\n") == 13
 
 
 @needs_nvcc
@@ -448,6 +405,7 @@ def test_nvcc_must_not_be_newer_than_torch(monkeypatch, version, built):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_the_extension_knows_its_architectures_and_is_built_again_for_others(tmp_path):
     def build(architectures):
         command = [
@@ -474,17 +432,17 @@ def test_code_runs_on_gpus_of_its_architecture_and_ptx_on_later_ones(monkeypatch
     fits = {"8.0": [(8, 0), (8, 6)], "8.6": [(8, 6)], "9.0a": [(9, 0)], "12.0+PTX": [(12, 0), (12, 1), (13, 0)]}
     for name, gpus in fits.items():
         every = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0), (12, 1), (13, 0)]
-        assert [gpu for gpu in every if cuda.runs_on(name, gpu)] == gpus
-    monkeypatch.setattr(cuda, "ARCHITECTURES", ("8.0", "9.0a"))
+        assert [gpu for gpu in every if native.runs_on(name, gpu)] == gpus
+    monkeypatch.setattr(native, "ARCHITECTURES", ("8.0", "9.0a"))
     monkeypatch.setattr(cuda, "UNAVAILABLE", "")
-    cuda.unfit_for.cache_clear()
+    native.unfit_for.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ValueError, match=r'built for 8\.0, 9\.0a and this GPU is 7\.5.*MOPO_CUDA_ARCHS="7\.5"'):
-        backends.choose("objective", "cuda", "cuda")
+        backends.choose("label_statistics", "cuda", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert backends.choose("objective", "cuda", "cuda").backend == "cuda"
-    cuda.unfit_for.cache_clear()
+    assert backends.choose("label_statistics", "cuda", "cuda").backend == "cuda"
+    native.unfit_for.cache_clear()
 
 
 @pytest.mark.skipif(not UNAVAILABLE, reason="the extension is built")

@@ -8,14 +8,17 @@ import fold_contract
 import pytest
 import torch
 from fold_contract import fold_statistics, random_tile
+from fold_truth import TRANSFORMS, exact_fold
 from golden_cases import golden, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import SUMS
-from test_fold import DTYPES, TRANSFORMS, exact_fold
+from test_fold import DTYPES
 
-from mopo_kernels.backends import cuda, reference
-from mopo_kernels.backends.batch import ObjectiveValues
+from mopo_kernels.backends import reference
+from mopo_kernels.backends.fold import Tile
+from mopo_kernels.backends.native import cuda
+from mopo_kernels.objective.target import label_statistics
 
 pytestmark = [
     pytest.mark.skipif(bool(cuda.UNAVAILABLE), reason=cuda.UNAVAILABLE),
@@ -83,18 +86,6 @@ def test_rows_that_do_not_count_are_skipped_or_become_zero(columns, dtype):
     fold_contract.check_rows_that_do_not_count(cuda, "cuda", columns, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 50), (128, 128), (300, 1001)])
-def test_peaks_are_the_largest_probability_of_each_block(rows, columns, with_bias, dtype):
-    for block, transform in [(8, TRANSFORMS[0]), (128, TRANSFORMS[2])]:
-        fold_contract.check_peaks(
-            *(cuda, "cuda"),
-            **{"rows": rows, "columns": columns, "block": block, "dtype": dtype},
-            **{"transform": transform, "offset": 1, "with_bias": with_bias},
-        )
-
-
 def test_long_rows_of_one_block():
     fold_contract.check_long_rows_of_one_block(cuda, "cuda", 151936)
 
@@ -107,12 +98,10 @@ def test_more_than_2_to_the_32_logits():
     ones = torch.ones(rows, dtype=torch.float64, device="cuda")
     statistics = fold_statistics(cuda, logits, target, TRANSFORMS[0], None, [columns])
     last = slice(rows - 5, rows)
-    lse, at_target, p, gradient = exact_fold(logits[last], target[last], ones[last], TRANSFORMS[0], None)
+    lse, at_target, _, gradient = exact_fold(logits[last], target[last], ones[last], TRANSFORMS[0], None)
     torch.testing.assert_close(statistics.lse[last], lse, rtol=2e-6, atol=0)
-    torch.testing.assert_close(statistics.target[last], at_target, rtol=0, atol=0)
-    peaks = cuda.fold_peaks(logits[last], lse, TRANSFORMS[0], block=columns)
-    torch.testing.assert_close(peaks, p.amax().view(1, 1), rtol=4e-6, atol=0)
-    cuda.fold_gradient(logits, target, statistics.lse, ones, TRANSFORMS[0])
+    torch.testing.assert_close(statistics.chosen[last], at_target, rtol=0, atol=0)
+    cuda.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, ones, logits)
     assert ((logits[last].double() - gradient).abs() <= gradient.abs() * 2**-7 + 1e-12).all()
 
 
@@ -124,7 +113,7 @@ def test_runs_give_the_same_bits(dtype):
     def run():
         statistics = fold_statistics(cuda, logits, target, TRANSFORMS[2], None, [77, 199924])
         grad = torch.full_like(logits, math.nan)
-        cuda.fold_gradient(logits, target, statistics.lse, ones, TRANSFORMS[2], out=grad)
+        cuda.fold_gradient(Tile(logits, target, TRANSFORMS[2]), statistics.lse, ones, grad)
         return *statistics, grad
 
     first = run()
@@ -132,26 +121,20 @@ def test_runs_give_the_same_bits(dtype):
         assert all(torch.equal(x, y) for x, y in zip(run(), first, strict=True))
 
 
-def arguments_of(case):
-    """A golden case as arguments of `objective` on the GPU."""
-    lag = case["lag_log_ratio"]
-    tensors = [
-        *(tensor(case["logp"]), tensor(case["win_rate"]), torch.tensor(case["group"])),
-        *(tensor([1.0, *case["multipliers"]]), tensor(case["ref_logp"]), None if lag is None else tensor(lag)),
-    ]
-    options = {"tau": case["tau"], "eps": case["eps"], "normalize": "group", "primary": 0}
-    return [x if x is None else x.cuda() for x in tensors], options
-
-
 @pytest.mark.parametrize("case", golden("batch"))
-@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
-def test_golden_batch(case, policy_step):
-    tensors, options = arguments_of(case)
-    buffer = cuda.objective(*tensors, None, policy_step=policy_step, **options)
-    values = ObjectiveValues.unpack(buffer.cpu(), *tensors[1].shape)
+def test_golden_batch(case):
+    lag = case["lag_log_ratio"]
+    statistics = label_statistics(
+        tensor(case["win_rate"]).cuda(),
+        torch.tensor(case["group"]).cuda(),
+        tensor([1.0, *case["multipliers"]]).cuda(),
+        tau=case["tau"],
+        eps=case["eps"],
+        lag_log_ratio=None if lag is None else tensor(lag).cuda(),
+        backend="cuda",
+    )
+    values = statistics.to("cpu").values
     relative = {"rtol": case["tol"]["rel"], "atol": 0}
-    assert values.valid == 1
-    torch.testing.assert_close(values.loss, tensor(case["loss"][policy_step]), **relative)
     torch.testing.assert_close(values.ess, tensor(case["ess"]), **relative)
     torch.testing.assert_close(values.weights, tensor(case["weights"]), **relative)
     torch.testing.assert_close(values.win_rates[1:], tensor(case["win_rates"]), **relative)
@@ -179,7 +162,7 @@ def test_work_goes_to_the_current_stream():
         logits.mul_(2)
         statistics = fold_statistics(cuda, logits, target, TRANSFORMS[0], None, [32000])
     stream.synchronize()
-    assert torch.equal(statistics.sum, expected.sum)
+    assert torch.equal(statistics.total, expected.total)
 
 
 def test_the_kernels_can_be_captured_in_a_graph():
@@ -188,7 +171,7 @@ def test_the_kernels_can_be_captured_in_a_graph():
 
     def step():
         statistics = fold_statistics(cuda, logits, target, TRANSFORMS[0], None, [100000])
-        cuda.fold_gradient(logits, target, statistics.lse, ones, TRANSFORMS[0], out=out)
+        cuda.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, ones, out)
 
     step()
     expected = out.clone()

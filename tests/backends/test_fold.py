@@ -5,20 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from fold_truth import TRANSFORMS
 
-from mopo_kernels.backends.fold import Statistics, Tile, Transform
+from mopo_kernels.backends.fold import Statistics, Tile
 from mopo_kernels.backends.native import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 
 ISAS = ["portable", "avx2", "avx512"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-TRANSFORMS = [  # plain; all scales at once; with a softcap that bites
-    Transform.of(1.0, None),
-    Transform.of(0.7, None, 1.5),
-    Transform.of(0.7, 5.0, 1.5),
-]
-ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 2**-52}
 
 
 @pytest.fixture(params=ISAS)
@@ -63,18 +58,6 @@ def test_tanh_is_within_two_ulp(isa):
     assert ulps(elementwise(cpu.module.tanh, x), x.double().tanh()).max() <= 2
     special = elementwise(cpu.module.tanh, torch.tensor([math.inf, -math.inf, math.nan]))
     torch.testing.assert_close(special, torch.tensor([1.0, -1.0, math.nan]), equal_nan=True)
-
-
-def exact_fold(logits, target, coefficient, transform, bias):
-    """lse, z at the target, probabilities and gradient in float64."""
-    x = logits.double() if bias is None else logits.double() + bias.double()
-    u = transform.inner * x
-    z = transform.outer * u.tanh() if transform.softcap else u
-    lse = z.logsumexp(-1)
-    p = (z - lse[:, None]).exp()
-    slope = transform.inner * (transform.outer * (1 - u.tanh() ** 2) if transform.softcap else 1)
-    onehot = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
-    return lse, z.gather(1, target[:, None])[:, 0], p, coefficient[:, None] * (onehot - p) * slope
 
 
 def test_zero_rows_and_zero_columns(isa):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-math-errno", "-fno-sanitize-recover=all"]
 ISA_FLAGS = {
     "fold_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

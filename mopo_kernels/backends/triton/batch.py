@@ -113,14 +113,11 @@ def group_sum(x, groups):
 def log_softmax(x, groups):
     first, following, _, largest_size = groups
     member, largest = first, x
-    for _ in range(largest_size):  # more steps than a small group has members go round it again
+    for _step in range(largest_size):  # more steps than a small group has members go round it again
         largest = tl.maximum(largest, tl.gather(x, member, 0))
         member = tl.gather(following, member, 0)
     x -= largest
     return x - tl.log(group_sum(tl.exp(x), groups))
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
 
 
 @triton.jit
@@ -160,7 +157,7 @@ def label_statistics_kernel(
     response = tl.arange(0, BLOCK_B)
     is_response = response < responses
     groups = groups_of(group, response, responses, BLOCK_IDS)
-    first, _, size, _ = groups
+    first, size = groups[0], groups[2]
     is_first = is_response & (first == response)
     num_groups = count(is_first).to(tl.float64)
     slots = tl.gather(tl.cumsum(is_first.to(tl.int32), 0) - 1, first, 0)

@@ -113,21 +113,20 @@ def cut_gradients_kernel(
         else:
             block_n, block_v = owned, step
         row = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        row_slope = tl.load(slope + row, mask=row < rows, other=0)
-        counts = row_slope != 0
-        if tl.max(counts.to(tl.int32), 0) > 0:
-            column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            inside = column < vocab
-            hidden_rows = row_pointers(hidden, row, rows, hidden_row_stride)
-            weight_rows = row_pointers(weight, column, vocab, weight_row_stride)
-            logits = form_logits(hidden_rows, weight_rows, hidden_size, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION)
+        column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        hidden_rows = row_pointers(hidden, row, rows, hidden_row_stride)
+        weight_rows = row_pointers(weight, column, vocab, weight_row_stride)
+        logits = form_logits(hidden_rows, weight_rows, hidden_size, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION)
 
-            row_target = tl.load(target + row, mask=row < rows, other=0).to(tl.int32)
-            row_lse = tl.load(lse + row, mask=row < rows, other=0)
-            is_target = column[None, :] == row_target[:, None]
-            z, bend = transformed(logits, bias, column[None, :], inside[None, :], inner, outer, SOFTCAP, True)
-            grad = logit_gradient(z, bend, is_target, row_lse[:, None], row_slope[:, None], tl.float32)
-            grad = tl.where(counts[:, None], grad, 0)
+        row_target = tl.load(target + row, mask=row < rows, other=0).to(tl.int32)
+        row_lse = tl.load(lse + row, mask=row < rows, other=0)
+        row_slope = tl.load(slope + row, mask=row < rows, other=0)
+        counts, inside = row_slope != 0, column < vocab
+        z, bend = transformed(logits, bias, column, inside, inner, outer, SOFTCAP, True)
+        is_target = column[None, :] == row_target[:, None]
+        grad = logit_gradient(z, is_target, row_lse[:, None], row_slope[:, None] * bend, tl.float32)
+        grad = tl.where(counts[:, None], grad, 0)
+        if tl.max(counts.to(tl.int32), 0) > 0:
             if grad_bias is not None:
                 add(grad_bias + column, tl.sum(grad, 0) * unit, inside, ATOMIC)
             left = grad.to(hidden.dtype.element_ty)

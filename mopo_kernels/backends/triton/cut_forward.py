@@ -59,7 +59,7 @@ def cut_statistics_kernel(
         column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
         weight_rows = row_pointers(weight, column, vocab, weight_row_stride)
         logits = form_logits(hidden_rows, weight_rows, hidden_size, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION)
-        z, _ = transformed(logits, bias, column[None, :], (column < vocab)[None, :], inner, outer, SOFTCAP, True)
+        z, _ = transformed(logits, bias, column, column < vocab, inner, outer, SOFTCAP, True)
         is_target = column[None, :] == row_target[:, None]
         chosen = tl.maximum(chosen, tl.max(tl.where(is_target, z, float("-inf")), 1))
         maximum, total, shift = rescaled(maximum, total, tl.max(z, 1))

@@ -1,8 +1,7 @@
 """What launchers of cut kernels share: inputs, their arguments of the kernels, and the block sizes.
 
 cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu/gpu_report.py found fastest on that GPU, or,
-where it has not run yet, what compiles without spills (docs/aot.md). "default" suits any GPU with 99 KB of shared
-memory.
+where it has not run yet, what compiles without spills (docs/aot.md). "default" suits GPUs with 99 KB of shared memory.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Blocks(NamedTuple):
 
 
 class CutInputs(NamedTuple):
-    """An LM head's inputs: everything but the sizes of blocks that statistics are computed from."""
+    """What the statistics of an LM head are computed from."""
 
     hidden: Tensor  # [N, H] float16, bfloat16 or float32; any strides
     weight: Tensor  # [V, H] likewise
@@ -46,8 +45,7 @@ class CutInputs(NamedTuple):
     bias: Tensor | None = None  # [V] float32, contiguous
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """N, V and H."""
+    def sizes(self) -> tuple[int, int, int]:  # N, V, H
         return len(self.hidden), len(self.weight), self.hidden.shape[1]
 
     def arguments(self, blocks: Blocks) -> dict[str, Any]:
@@ -84,21 +82,16 @@ TILES_OF_32_BITS = {
     "statistics": [(128, 128, 16, 8), (128, 64, 32, 8), (64, 64, 32, 4), (64, 64, 16, 4)],
     "gradients": [(64, 128, 32, 8), (64, 64, 16, 4)],
     "grad_hidden": [(64, 32, 32, 4), (32, 64, 32, 4)],
-    "grad_weight": [(64, 64, 32, 4), (64, 32, 32, 4), (32, 64, 32, 4)],
+    "grad_weight": [(64, 32, 32, 4), (32, 64, 32, 4)],
 }
 
 
-def _read_table() -> dict[str, dict[str, dict[str, Blocks]]]:
-    table = json.loads(Path(__file__).with_name("cut_blocks.json").read_text())
-    return {
-        architecture: {
-            dtype: {kernel: Blocks(**blocks) for kernel, blocks in kernels.items()} for dtype, kernels in dtypes.items()
-        }
-        for architecture, dtypes in table.items()
+TABLE: dict[str, dict[str, dict[str, Blocks]]] = {  # architecture → dtype → kernel → blocks
+    architecture: {
+        dtype: {kernel: Blocks(**blocks) for kernel, blocks in kernels.items()} for dtype, kernels in dtypes.items()
     }
-
-
-TABLE = _read_table()
+    for architecture, dtypes in json.loads(Path(__file__).with_name("cut_blocks.json").read_text()).items()
+}
 
 
 def blocks_for(kernel: str, hidden: Tensor) -> Blocks:
@@ -117,8 +110,7 @@ def blocks_for(kernel: str, hidden: Tensor) -> Blocks:
 
 def candidates(kernel: str, dtype: torch.dtype) -> list[Blocks]:
     """What is worth timing on any GPU beside the table's entry."""
-    wide = dtype == torch.float32
-    tiles, stages = (TILES_OF_32_BITS, (2,)) if wide else (TILES_OF_16_BITS, (3, 4))
+    tiles, stages = (TILES_OF_32_BITS, (2,)) if dtype == torch.float32 else (TILES_OF_16_BITS, (3, 4))
     return [Blocks(*tile, stage) for stage, tile in itertools.product(stages, tiles[kernel])]
 
 

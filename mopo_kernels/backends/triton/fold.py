@@ -150,7 +150,8 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
     """One launch, two for few long rows. Floor: R·C elements read, an exponential each."""
     if tile.logits.numel() == 0:
         return
-    arguments, rows, parts = _arguments(tile), len(tile.logits), _parts(tile.logits)[1]
+    arguments, rows = _arguments(tile), len(tile.logits)
+    parts = arguments["parts"]
     maximum, total, chosen = statistics
     part_maximum, part_total = maximum.new_empty(2, rows, parts) if parts > 1 else (maximum, total)
     with torch.cuda.device_of(tile.logits):
@@ -213,7 +214,7 @@ def gradient_kernel(
         if row_coefficient != 0:
             block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
             z, bend = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
-            gradient = logit_gradient(z, bend, column == target_column, row_lse, slope, WORK)
+            gradient = logit_gradient(z, column == target_column, row_lse, slope * bend, WORK)
         store_block(aligned_out, gradient, place, shift, columns, BLOCK_V)
 
 
@@ -221,11 +222,10 @@ def fold_gradient(tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor) -> 
     """One launch. Floor: R·C elements read and written, an exponential each."""
     if tile.logits.numel() == 0:
         return
-    programs = len(tile.logits) * _parts(tile.logits)[1]
-    alike = (tile.logits.stride(0) - out.stride(0)) % ALIGN == 0
+    arguments, alike = _arguments(tile), (tile.logits.stride(0) - out.stride(0)) % ALIGN == 0
     with torch.cuda.device_of(tile.logits):
-        gradient_kernel[(programs,)](
-            **_arguments(tile),
+        gradient_kernel[(len(tile.logits) * arguments["parts"],)](
+            **arguments,
             lse=lse,
             coefficient=coefficient,
             out=out,

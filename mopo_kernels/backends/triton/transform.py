@@ -51,11 +51,12 @@ def rescaled(maximum, total, block_maximum):
 
 
 @triton.jit
-def logit_gradient(z, bend, is_target, lse, slope, WORK: tl.constexpr):
-    """slope · bend · (onehot − exp(z − lse)) with slope = coefficient · inner · outer.
+def logit_gradient(z, is_target, lse, slope, WORK: tl.constexpr):
+    """slope · (onehot − exp(z − lse)), with slope = coefficient · dz/dlogit.
 
-    lse comes in two parts: the difference to the high one is exact where z is near lse.
+    lse comes in two parts: the difference to the high one is exact where z is near lse. With onehot as a number, the
+    cut kernels spill.
     """
     high = lse.to(WORK)
     p = tl.exp(z - high - (lse - high).to(WORK))
-    return slope * bend * (tl.where(is_target, 1, 0) - p)
+    return slope * tl.where(is_target, 1 - p, -p)

@@ -1,0 +1,38 @@
+"""The fold in float64 torch: the truth for tests of kernels; and memory whose addresses need more than 31 bits."""
+
+import mmap
+
+import pytest
+import torch
+
+from mopo_kernels.backends.fold import Transform
+
+TRANSFORMS = [  # plain; all scales at once; with a softcap that bites
+    Transform.of(1.0, None),
+    Transform.of(0.7, None, 1.5),
+    Transform.of(0.7, 5.0, 1.5),
+]
+ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 2**-52}
+
+
+def exact_fold(logits, target, coefficient, transform, bias=None):
+    """lse, z at the target, probabilities and gradient in float64."""
+    x = logits.double() if bias is None else logits.double() + bias.double()
+    u = transform.inner * x
+    z = transform.outer * u.tanh() if transform.softcap else u
+    lse = z.logsumexp(-1)
+    p = (z - lse[:, None]).exp()
+    slope = transform.inner * (transform.outer * (1 - u.tanh() ** 2) if transform.softcap else 1)
+    onehot = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
+    return lse, z.gather(1, target[:, None])[:, 0], p, coefficient[:, None] * (onehot - p) * slope
+
+
+def sparse(size, dtype):
+    """Memory that exists where it is touched."""
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names since 3.12 only
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    try:
+        memory = mmap.mmap(-1, size * dtype.itemsize, flags=flags)
+    except OSError as error:
+        pytest.skip(f"no room for {size} elements in the address space: {error}")
+    return torch.frombuffer(memory, dtype=dtype)
