@@ -132,6 +132,7 @@ BAD_SETTINGS = [  # mopo_weights has neither
     ({"eps": -1}, r"eps must be a number >= 0 \(0 switches the robust bound off\); got -1"),
     ({"eps": math.inf}, "eps must be a number >= 0"),
     ({"primary": 7}, r"primary must be an objective 0 \.\. 2; got 7"),
+    ({"primary": 3}, r"primary must be an objective 0 \.\. 2; got 3"),
     ({"primary": -1}, r"primary must be an objective 0 \.\. 2; got -1"),
 ]
 BAD_STEPS = [
