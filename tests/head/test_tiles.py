@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import measure
 
+from bench.memory import measure
 from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from_pairs
 from mopo_kernels.backends import memory as backend_memory
 from mopo_kernels.backends.native import cpu
