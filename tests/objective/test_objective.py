@@ -363,6 +363,16 @@ def test_what_is_not_kept_leaves_the_clone_loss_and_is_reported():
     torch.testing.assert_close(gradient, torch.where(kept, -weights / 2, 0), **EXACT)
 
 
+def test_a_log_probability_that_is_not_kept_is_not_blamed():
+    batch = random_batch(6, [3, 4])
+    kept = torch.arange(7) != 2
+    logp = torch.where(kept, batch["logp"], math.nan)
+    with pytest.raises(ValueError, match="multipliers must be 1 at the primary"):
+        mopo_objective(**{**batch, "logp": logp, "multipliers": 2 * batch["multipliers"]}, kept=kept)
+    with pytest.raises(ValueError, match="logp of response 4 is inf"):
+        mopo_objective(**{**batch, "logp": logp.index_fill(0, torch.tensor([4]), math.inf)}, kept=kept)
+
+
 def test_results_are_in_the_callers_dtypes_and_sums_in_float64():
     batch = random_batch(7, [2, 3])
     single = {name: x.float() if name != "group" and torch.is_tensor(x) else x for name, x in batch.items()}
