@@ -5,7 +5,8 @@ Torch's operators take neither, so `HeadCall.flat` and `HeadCall.unflat` stand o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ class HeadCall:
 
     def on(self, backend: str, needs: Needs = (False, False, False)) -> HeadCall:
         """The same call, which this backend runs."""
-        return replace(self, backend=backend, needs=needs)
+        return HeadCall(self.transform, self.ignore_index, backend, self.workspace_bytes, needs, self.average)
 
     def flat(self) -> list[float]:
         """The call as an operator takes it."""
@@ -120,14 +121,19 @@ class HeadCall:
         )
         return [float(x) for x in flat]
 
-    @classmethod
-    def unflat(cls, numbers: list[float]) -> HeadCall:
-        flat = _Flat(*numbers)
-        return cls(
-            Transform(flat.inner, flat.outer, bool(flat.softcap)),
-            ignore_index=int(flat.ignore_index),
-            backend=list(backends.BACKENDS)[int(flat.backend)],
-            workspace_bytes=int(flat.workspace_bytes) or None,
-            needs=(bool(flat.needs_hidden), bool(flat.needs_weight), bool(flat.needs_bias)),
-            average=bool(flat.average),
-        )
+    @staticmethod
+    def unflat(numbers: list[float]) -> HeadCall:
+        return _unflat(tuple(numbers))
+
+
+@lru_cache(maxsize=128)
+def _unflat(numbers: tuple[float, ...]) -> HeadCall:
+    flat = _Flat(*numbers)
+    return HeadCall(
+        Transform(flat.inner, flat.outer, bool(flat.softcap)),
+        ignore_index=int(flat.ignore_index),
+        backend=list(backends.BACKENDS)[int(flat.backend)],
+        workspace_bytes=int(flat.workspace_bytes) or None,
+        needs=(bool(flat.needs_hidden), bool(flat.needs_weight), bool(flat.needs_bias)),
+        average=bool(flat.average),
+    )

@@ -24,7 +24,9 @@ Present = tuple[Tensor, Tensor, Tensor]  # gradients of hidden, weight and bias;
 
 def run_head_logprob(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [N]
     """What `reference.head_logprob` computes, by an engine."""
-    return head_logprob(*inputs, call.flat(), _what_to_save(inputs, call))[0]
+    save = _what_to_save(inputs, call)
+    forward = call if save == "grad_hidden" else call.on(call.backend)  # the gradients that the forward forms
+    return head_logprob(*inputs, forward.flat(), save)[0]
 
 
 def _what_to_save(inputs: HeadInputs, call: HeadCall) -> str:
@@ -56,17 +58,16 @@ def head_logprob(
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
     lse, saved = torch.zeros_like(logp), weight.new_empty(0)
     if save == "grad_hidden":
-        engine, blocks = make_engine(inputs, options.on(options.backend, (True, False, False)), rows, "fused")
+        engine, blocks = make_engine(inputs, options, rows, "fused")
         logp = fused_gradients(engine, inputs.target, blocks, lambda _, logp: torch.ones_like(logp))
         saved = present(engine.finish(), weight)[0]
     else:
-        forward = options.on(options.backend)
         if save == "logits":
             saved = new_empty(weight, _kept_shape(target, weight, save), compute_dtype(weight))
             blocks = [rows] if count(rows) else []
-            engine = TileEngine(inputs, forward, plan_for(inputs, rows, forward, "kept"), blocks=blocks, kept=saved)
+            engine = TileEngine(inputs, options, plan_for(inputs, rows, options, "kept"), blocks=blocks, kept=saved)
         else:
-            engine, blocks = make_engine(inputs, forward, rows, "recompute")
+            engine, blocks = make_engine(inputs, options, rows, "recompute")
         for block in blocks:
             statistics = engine.statistics(block)
             logp[block], lse[block] = statistics.logp, statistics.lse
