@@ -315,7 +315,7 @@ def test_a_new_architecture_starts_from_the_default():
 
 def test_the_package_reads_the_tables(monkeypatch, tmp_path):
     assert gpu_report.RATES == rates.TABLE
-    assert gpu_report.BLOCKS == Path(cut_tile.__file__).with_name("cut_blocks.json")
+    assert Path(cut_tile.__file__).with_name("cut_blocks.json") == gpu_report.BLOCKS
     shutil.copy(gpu_report.BLOCKS, tmp_path)
     monkeypatch.setattr(gpu_report, "BLOCKS", tmp_path / "cut_blocks.json")
     monkeypatch.setattr(gpu_report, "RATES", tmp_path / "gpu_rates.json")

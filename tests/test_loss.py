@@ -64,6 +64,13 @@ def test_dropped_sequences_change_the_loss_by_their_mass_only():
     assert (grad_hidden[~dropped] != 0).any()
 
 
+def test_a_sequence_of_just_the_least_weight_is_dropped():
+    b = batch()
+    b["win_rate"] = torch.full_like(b["win_rate"], 0.5)
+    assert mopo_loss(**b, tau=TAU, min_weight=0.5).logp.isnan().all()
+    assert mopo_loss(**b, tau=TAU, min_weight=0.499).logp.isfinite().all()
+
+
 def test_dropped_sequences_are_never_read():
     b = batch()
     dropped = mopo_weights(b["win_rate"], b["group"], b["multipliers"], tau=TAU) <= 1e-3
