@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import SHAPES
 
 from mopo_kernels import linear_logprob, sequence_logprob, token_logprob
 
@@ -16,12 +17,6 @@ OPTIONS = [  # each option alone, then all together
     {"softcap": 5.0},
     {"logit_scale": 0.25},
     {"bias": True, "temperature": 1.6, "softcap": 8.0, "logit_scale": 2.0},
-]
-SHAPES = [  # N, H, V
-    (1, 1, 1),  # a vocabulary of one: log-prob 0, no gradient
-    (3, 5, 2),
-    (17, 8, 129),  # one past a block of 128
-    (130, 16, 257),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dispatch import Operations
 
 from mopo_kernels import mopo_loss, mopo_objective, mopo_weights, sequence_logprob, win_rate_from_pairs
 from mopo_kernels.loss import policy_loss
@@ -64,6 +65,13 @@ def test_dropped_sequences_change_the_loss_by_their_mass_only():
     assert (grad_hidden[~dropped] != 0).any()
 
 
+def test_a_sequence_of_just_the_least_weight_is_dropped():
+    b = batch()
+    b["win_rate"] = torch.full_like(b["win_rate"], 0.5)
+    assert mopo_loss(**b, tau=TAU, min_weight=0.5).logp.isnan().all()
+    assert mopo_loss(**b, tau=TAU, min_weight=0.499).logp.isfinite().all()
+
+
 def test_dropped_sequences_are_never_read():
     b = batch()
     dropped = mopo_weights(b["win_rate"], b["group"], b["multipliers"], tau=TAU) <= 1e-3
@@ -112,6 +120,12 @@ def test_padding_and_batch_order_do_not_matter():
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = {k: v[order] if v.shape[0] == B else v for k, v in b.items()}
     torch.testing.assert_close(mopo_loss(**shuffled, tau=TAU).loss, expected.loss)
+
+
+def test_the_reference_backend_is_plain_torch_throughout():
+    with Operations() as operations:
+        mopo_loss(**batch(), tau=TAU, backend="reference")
+    assert {x.namespace for x in operations.all} <= {"aten", "prim", "prims"}
 
 
 def test_average_divides_by_the_tokens_that_count():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import DTYPES, ONE_COLUMN_LEFT
 
 from bench.memory import measure
 from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from_pairs
@@ -15,8 +16,6 @@ from mopo_kernels.backends.native import cpu
 from mopo_kernels.head import plan, tiles
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=[False, True], ids=["panels", "bf16 products"])
@@ -323,7 +322,7 @@ def test_an_ignore_index_that_the_targets_dtype_cannot_hold(dtype, backend):
     torch.testing.assert_close(losses[0].loss, losses[1].loss, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("vocab", [129, 257, 385])
+@pytest.mark.parametrize("vocab", ONE_COLUMN_LEFT)
 def test_a_last_block_of_one_column(vocab):
     hidden, weight, _, target = make(9, 5, vocab, torch.float64, ignored=0.0)
     target[0] = vocab - 1

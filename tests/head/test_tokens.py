@@ -48,6 +48,20 @@ def test_token_logprob_leaves_the_logits_alone_and_reads_strided_rows():
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "view", [lambda x: x.t().contiguous().t(), lambda x: x[:1].expand(5, -1)], ids=["column-major", "one row"]
+)
+def test_logits_of_other_strides(view, dtype):
+    logits = view(torch.randn(5, 7, dtype=dtype)).requires_grad_()
+    target = torch.tensor([0, 6, -100, 4, 2])
+    results = []
+    for backend in ("cpu", "reference"):
+        logp = token_logprob(logits, target, backend=backend)
+        results.append([logp, *torch.autograd.grad(logp, logits, torch.arange(5.0, dtype=dtype))])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [slice(None), slice(1, None, 2)], ids=["contiguous", "every other row"])
 def test_given_away_logits_hold_their_gradient_after_the_backward(rows):
     (hidden, weight) = tensors((6, H), (V, H))
