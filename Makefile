@@ -37,10 +37,7 @@ format: $(STAMP)  ## let ruff rewrite
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## benchmarks, half an hour: they measure and assert nothing about time; tables and plots in runs/bench
-	mkdir -p runs/bench
-	$(BIN)/python -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only \
-		--benchmark-json runs/bench/results.json
-	$(BIN)/python bench/report.py runs/bench/results.json runs/bench
+	$(BIN)/python -m bench.cpu.run runs/bench
 
 clean:  ## remove build outputs, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

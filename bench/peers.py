@@ -1,63 +1,112 @@
-"""The peers, each behind its own entry point, in a few lines: same arguments, same result.
+"""The peers, each behind its own entry point, in a few lines: same arguments, same result. On CPUs and GPUs alike.
 
-HEADS: hidden[N, H], weight[V, H], target[N] → Σ log p(target), differentiable in hidden and weight. Ours with the sum
-asked for, so that coefficients are known beforehand, and per row; within 64 MiB, the default, and 512.
-(Liger's fused linear cross-entropy is a Triton kernel and takes part where there is a GPU, in gpu_contest.py.)
-PAIRS: hidden[2P, L, H], weight, target[2P, L] (first, then second responses), ref_logp[2P] → loss of P hard pairs.
+heads        hidden[N, H], weight[V, H], target[N] → −Σ log p(target), differentiable in hidden and weight
+token rows   logits[N, V], target[N] → log p(target)[N]
+PAIRS        hidden[2P, L, H], weight, target[2P, L] (first, then second responses), ref_logp[2P] → loss of P hard pairs
+
+Peers are imported when they are called, so that one that is missing is a line of the report.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
-from cut_cross_entropy import linear_cross_entropy as cce
-from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearORPOLoss
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from mopo_kernels import linear_logprob, mopo_loss, win_rate_from_pairs
+from mopo_kernels.measure.workloads import TAU
 
+Loss = Callable[..., Tensor]
 BETA = 0.1
-TAU = 0.08
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads
 
 
-def eager_rows(hidden, weight, target):
-    logits = F.linear(hidden, weight).float()
-    return logits.log_softmax(-1).gather(-1, target.clamp(min=0)[:, None])[:, 0].masked_fill(target == -100, 0)
+def token_rows(logits: Tensor, target: Tensor) -> Tensor:
+    return -F.cross_entropy(logits.float(), target, reduction="none")
 
 
-compiled_rows = torch.compile(eager_rows, dynamic=False)
+def eager_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return token_rows(F.linear(hidden, weight), target)
 
 
-def trl_rows(hidden, weight, target):
+def trl_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
     arguments = (None, target.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
     return ChunkedLogProbFunction.apply(hidden, weight, *arguments)[0].masked_fill(target == -100, 0)
 
 
-HEADS = {
-    "mopo, sum": lambda h, w, t: linear_logprob(h, w, t, reduction="sum"),
-    "mopo, per row": lambda h, w, t: linear_logprob(h, w, t).sum(),
-    "mopo, sum, 512 MiB": lambda h, w, t: linear_logprob(h, w, t, reduction="sum", workspace_bytes=2**29),
-    "mopo, per row, 512 MiB": lambda h, w, t: linear_logprob(h, w, t, workspace_bytes=2**29).sum(),
-    "eager": lambda h, w, t: eager_rows(h, w, t).sum(),
-    "torch.compile": lambda h, w, t: compiled_rows(h, w, t).sum(),
-    "torch linear_cross_entropy": lambda h, w, t: (
-        -F.linear_cross_entropy(h, w, t, reduction="sum", options=nn.LinearCrossEntropyOptions())
-    ),
-    "CCE torch_compile": lambda h, w, t: -cce(h, w, t, reduction="sum", impl="torch_compile"),
-    "TRL ChunkedLogProbFunction": lambda h, w, t: trl_rows(h, w, t).sum(),
+def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return -eager_rows(hidden, weight, target).sum()
+
+
+def torch_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options)
+
+
+def trl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return -trl_rows(hidden, weight, target).sum()
+
+
+def cce(**options: Any) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, weight, target, reduction="sum", **options)
+
+    return loss
+
+
+def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, target)
+
+
+def heads(*, compiler: str = "inductor") -> dict[str, Loss]:
+    """What runs on any device."""
+    return {
+        "eager": eager,
+        "torch.compile": compiled(eager, compiler),
+        "torch linear_cross_entropy": torch_head,
+        "TRL ChunkedLogProbFunction": trl,
+    }
+
+
+CPU_HEADS = {"CCE torch_compile": cce(impl="torch_compile")}
+GPU_HEADS = {  # Triton; CCE leaves out small gradients unless told otherwise, so it enters twice
+    "CCE": cce(filter_eps="high"),
+    "CCE, all gradients": cce(filter_eps=None),
+    "Liger": liger,
 }
+OURS = {  # with the sum asked for, so that coefficients are known beforehand, and per row; in 64 MiB and in 512
+    "mopo, sum": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum"),
+    "mopo, per row": lambda h, w, t: -linear_logprob(h, w, t).sum(),
+    "mopo, sum, 512 MiB": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum", workspace_bytes=2**29),
+    "mopo, per row, 512 MiB": lambda h, w, t: -linear_logprob(h, w, t, workspace_bytes=2**29).sum(),
+}
+
+
+def compiled(function: Loss, compiler: str, *, dynamic: bool = False) -> Loss:
+    torch._dynamo.reset()  # or the eighth size is one too many
+    return torch.compile(function, dynamic=dynamic, backend=compiler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
-def dpo(rows):
+def dpo(rows: Loss) -> Loss:
     """DPO as TRL writes it, over a function that gives per-token log-probs of flat rows."""
 
-    def loss(hidden, weight, target, ref_logp):
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, ref_logp: Tensor) -> Tensor:
         logp = rows(hidden.flatten(0, 1), weight, target.flatten()).view(target.shape).sum(-1)
         chosen, rejected = (logp - ref_logp).chunk(2)
         return -F.logsigmoid(BETA * (chosen - rejected)).mean()
@@ -65,23 +114,32 @@ def dpo(rows):
     return loss
 
 
-def mopo(policy_step):
-    def loss(hidden, weight, target, ref_logp):
-        pairs = len(target) // 2
-        labels = (win_rate_from_pairs(torch.ones(pairs, 1)), torch.arange(pairs).repeat(2), torch.ones(1))
+def mopo(policy_step: Any) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, ref_logp: Tensor) -> Tensor:
+        pairs, device = len(target) // 2, hidden.device
+        win_rate, group = win_rate_from_pairs(torch.ones(pairs, 1, device=device)), torch.arange(pairs, device=device)
+        labels = win_rate, group.repeat(2), torch.ones(1, device=device)
         return mopo_loss(hidden, weight, target, *labels, tau=TAU, policy_step=policy_step, ref_logp=ref_logp).loss
 
     return loss
 
 
-liger_dpo = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)  # as with a reference computed beforehand
-liger_orpo = LigerFusedLinearORPOLoss(beta=BETA)
+def liger_pairs(name: str, **options: Any) -> Loss:
+    @cache
+    def build() -> Loss:
+        from liger_kernel import chunked_loss
+
+        return getattr(chunked_loss, name)(beta=BETA, **options)
+
+    return lambda hidden, weight, target, ref_logp: build()(weight, hidden, target)[0]
+
 
 PAIRS = {
     "mopo_loss clone": mopo("clone"),
     "mopo_loss contrast": mopo("contrast"),
     "eager DPO": dpo(eager_rows),
     "TRL ChunkedLogProbFunction DPO": dpo(trl_rows),
-    "Liger fused DPO": lambda h, w, t, ref_logp: liger_dpo(w, h, t)[0],
-    "Liger fused ORPO": lambda h, w, t, ref_logp: liger_orpo(w, h, t)[0],
+    # as with a reference computed beforehand
+    "Liger fused DPO": liger_pairs("LigerFusedLinearDPOLoss", use_ref_model=False),
+    "Liger fused ORPO": liger_pairs("LigerFusedLinearORPOLoss"),
 }

@@ -85,10 +85,22 @@ class StepCall:
     min_weight: float
     index: Tensor | None  # [S]
 
-    def check(self, *, sequences: int, batch: int) -> None:
+    def check(self, hidden: Tensor, batch: int) -> None:
+        """Raise for all but values of ref_logp."""
         check_choice("policy_step", self.policy_step, STEPS)
-        check_index(self.index, sequences=sequences, batch=batch, policy_step=self.policy_step)
+        check_devices("hidden", hidden, ref_logp=self.ref_logp, index=self.index)
+        check_index(self.index, sequences=hidden.shape[0], batch=batch, policy_step=self.policy_step)
         check_reference(self.policy_step, self.ref_logp, batch)
+
+    def check_values(self, inputs: HeadInputs, call: HeadCall, *valid: Tensor) -> bool:
+        """Raise for a target or ref_logp that is refused; whether `valid` holds too, in the same read-back."""
+        vocab = inputs.weight.shape[0]
+        finite = [] if self.ref_logp is None else [self.ref_logp.isfinite().all()]
+        if is_true(in_vocabulary(inputs.target, vocab, call.ignore_index), *finite, *valid):
+            return True
+        check_target(inputs.target, vocab, call.ignore_index)
+        check_finite("ref_logp", self.ref_logp)
+        return False
 
     def kept(self, weights: Tensor) -> Tensor | None:  # [B] bool
         """The responses whose log-probability is computed; None for all."""
@@ -178,9 +190,9 @@ def mopo_loss(
     )
     labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
     check_label_shapes(labels)
+    check_devices("hidden", hidden, win_rate=win_rate)
     statistics = measure(labels, backends.if_it_has("label_statistics", backend))
-    if not is_true(statistics.values.valid, in_vocabulary(inputs.target, weight.shape[0], ignore_index)):
-        check_target(inputs.target, weight.shape[0], ignore_index)
+    if not step.check_values(inputs, call, statistics.values.valid):
         check_label_values(labels)
     return _policy_loss(inputs, call, statistics, step)
 
@@ -208,7 +220,7 @@ def policy_loss(
     step = StepCall(policy_step, ref_logp, min_weight, index)
     inputs = HeadInputs(hidden, weight, options.pop("bias", None), target)
     inputs, call = _enter(inputs, step, len(labels.slot), backend, **options)
-    check_target(inputs.target, weight.shape[0], call.ignore_index)
+    step.check_values(inputs, call)
     return _policy_loss(inputs, call, labels, step)
 
 
@@ -217,7 +229,7 @@ def _enter(
 ) -> tuple[HeadInputs, HeadCall]:
     """Head and step, checked but for the values of tensors, and the call with who runs it."""
     check_sequences(inputs.hidden, inputs.target)
-    step.check(sequences=inputs.hidden.shape[0], batch=batch)
+    step.check(inputs.hidden, batch)
     call = HeadCall.of(**{"temperature": 1.0, "ignore_index": -100, **options})
     return enter(inputs._replace(target=token_ids(inputs.target)), call, backend)
 

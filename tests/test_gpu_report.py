@@ -1,4 +1,4 @@
-"""bench/gpu_report.py: the dry run whole, steps that fail, and the arithmetic of its verdicts on hand-made numbers."""
+"""The GPU report: the dry run whole, steps that fail, and the arithmetic of its verdicts on hand-made numbers."""
 
 import json
 import os
@@ -8,22 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_contest
-import gpu_markdown
-import gpu_report
-import gpu_verdict
 import pytest
-import torch
-from gpu_contest import Contestant
-from gpu_report import Step, run_step
-from mopo_kernels.workloads import WORKLOADS, Sizes
 
-from mopo_kernels.backends import cut_tile
-from mopo_kernels.head.rates import Rates
+from bench.gpu import report as gpu_report
+from bench.gpu import verdict as gpu_verdict
+from bench.gpu.markdown import markdown
+from bench.gpu.report import Step, run_step
+from mopo_kernels.backends.triton import cut_tile
+from mopo_kernels.head import rates
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = ["Goals", "Steps", "Ceilings", "Times", "Objective", "Block sizes of the cut kernels", "Output of trace"]
-SIZES = Sizes(6, 16, 40, torch.float32, torch.device("cpu"))
+SECTIONS = ["Goals", "Steps", "Ceilings", "Times", "Label statistics", "Block sizes of the cut kernels"]
 
 
 def python(code, name="step", seconds=20.0, **options):
@@ -39,7 +34,7 @@ def run(step, work, *, left=60.0, dry_run=False):
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """A dry run in a copy of the repository: the copy, its files before, the report and the Markdown."""
+    """A dry run in a copy of the repository: its report and the Markdown. It writes its output and nothing else."""
     copy, output = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("output") / "report"
     for part in ("bench", "mopo_kernels", "csrc"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "results", "*.tmp"))
@@ -50,10 +45,38 @@ def dry_run(tmp_path_factory):
     command = [sys.executable, str(copy / "bench" / "gpu_report.py"), "--dry-run", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert files_of(copy) == before
     assert {path.name for path in output.iterdir()} == {"report.json", "report.md", "trace.json"}
     assert [path.name for path in output.parent.iterdir()] == ["report"]
-    report = json.loads((output / "report.json").read_text())
-    return copy, before, report, (output / "report.md").read_text()
+    return json.loads((output / "report.json").read_text()), (output / "report.md").read_text()
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_goes_through_every_step(dry_run):
+    report, text = dry_run
+    states = {step["name"]: step["state"] for step in report["steps"]}
+    only_on_gpu = {"build", "tests", "ncu"}
+    assert {name for name, state in states.items() if state == "skipped"} == only_on_gpu
+    assert {state for name, state in states.items() if name not in only_on_gpu} == {"done"}
+    assert [section for section in [*SECTIONS, "Output of trace"] if f"## {section}\n" not in text] == []
+    assert "Nothing below is a measurement of a GPU" in text
+
+
+def test_a_dry_run_has_times_and_no_verdicts(dry_run):
+    report, _ = dry_run
+    results = [result for step in report["steps"] for result in step["results"]]
+    timed = {result["name"] for result in results if "seconds" in result and result["kind"] == "time"}
+    assert timed >= {"mopo_loss", "mopo_loss, triton", "linear_logprob, cut", "linear_logprob_forward, cut", "eager"}
+    assert timed >= {"frozen_head", "token_logprob", "token_logprob_backward, triton", "label_statistics, triton"}
+    assert {result["kernel"] for result in results if result["kind"] == "blocks" and "seconds" in result} == {
+        *cut_tile.KERNELS
+    }
+    assert {(goal[1], goal[2]) for goal in report["goals"]} == {("dry run", "dry run")}
+    (cuda,) = (result for result in results if result.get("name") == "mopo_loss, cuda")
+    assert "backend='cuda' cannot run linear_logprob" in cuda["error"]
 
 
 def test_a_python_that_cannot_measure_is_an_error_and_no_dry_run(monkeypatch, tmp_path):
@@ -63,64 +86,40 @@ def test_a_python_that_cannot_measure_is_an_error_and_no_dry_run(monkeypatch, tm
         gpu_report.begin(gpu_report._parser().parse_args([]), time.monotonic() + 60, tmp_path)
 
 
-def files_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+# ------------------------------------------------------------------------------------------------------------- steps
+
+ENVIRONMENT = {"kind": "environment", "gpu": None, "packages": {}, "backends": {}, "cuda": None, "workspace": 1}
 
 
-def test_a_dry_run_writes_its_output_and_nothing_else(dry_run):
-    copy, before, _, _ = dry_run
-    assert files_of(copy) == before
+@pytest.fixture
+def call(monkeypatch):
+    """A dry run of these steps, on an environment that needs no torch to be looked at."""
+
+    def of(steps, *arguments):
+        write = f"import sys; print('{json.dumps(ENVIRONMENT)}', file=open(sys.argv[1], 'w'))"
+        monkeypatch.setattr(gpu_report, "_measure", lambda *_, **__: python(write).command)
+        monkeypatch.setattr(gpu_report, "steps_of", lambda *_, **__: steps)
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--dry-run", *arguments])
+        gpu_report.main()
+
+    return of
 
 
-def test_a_dry_run_goes_through_every_step(dry_run):
-    _, _, report, text = dry_run
-    states = {step["name"]: step["state"] for step in report["steps"]}
-    only_on_gpu = {"build", "tests", "ncu"}
-    assert {name for name, state in states.items() if state == "skipped"} == only_on_gpu
-    assert {state for name, state in states.items() if name not in only_on_gpu} == {"done"}
-    assert [section for section in SECTIONS if f"## {section}\n" not in text] == []
-    assert "Nothing below is a measurement of a GPU" in text
-
-
-def test_a_dry_run_has_times_and_no_verdicts(dry_run):
-    _, _, report, _ = dry_run
-    results = [result for step in report["steps"] for result in step["results"]]
-    timed = {result["name"] for result in results if "seconds" in result and result["kind"] == "time"}
-    assert timed >= {"mopo_loss", "mopo_loss, triton", "linear_logprob, cut", "linear_logprob_forward, cut", "eager"}
-    assert timed >= {"frozen_head", "token_logprob", "token_logprob_backward, triton", "objective", "sequence_sums"}
-    assert {result["kernel"] for result in results if result["kind"] == "blocks" and "seconds" in result} == {
-        *cut_tile.KERNELS
-    }
-    assert {(goal[1], goal[2]) for goal in report["goals"]} == {("dry run", "dry run")}
-    cuda = [result for result in results if result.get("name") == "mopo_loss, cuda"]
-    assert all("backend='cuda' cannot run linear_logprob" in result["error"] for result in cuda)
-
-
-def test_without_output_a_dry_run_prints_the_report(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(gpu_report, "steps_of", lambda *_, **__: [python("")])
+def test_without_output_a_dry_run_prints_the_report(call, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
-    call(monkeypatch, "--dry-run")
+    call([python("")])
     assert "# GPU report: dry run" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- steps
-
-
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *arguments])
-    gpu_report.main()
-
-
-def test_a_failing_step_does_not_stop_the_rest(monkeypatch, tmp_path):
+def test_a_failing_step_does_not_stop_the_rest(call, tmp_path):
     steps = [
         python("import sys; print('before'); sys.exit('no such luck')", "bad"),
         python("import os; os.abort()", "crash"),
         Step("absent", ["/no/such/program"], 10.0),
         python("import sys; open(sys.argv[1], 'w').write('{\"kind\": \"mark\"}\\n')", "good"),
     ]
-    monkeypatch.setattr(gpu_report, "steps_of", lambda *_, **__: steps)
-    call(monkeypatch, "--dry-run", "--output", str(tmp_path))
+    call(steps, "--output", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert [(step["name"], step["state"]) for step in report["steps"][1:]] == [
         ("bad", "failed"),
@@ -133,6 +132,14 @@ def test_a_failing_step_does_not_stop_the_rest(monkeypatch, tmp_path):
     assert "before\nno such luck" in text
     assert "No such file or directory: '/no/such/program'" in text
     assert report["steps"][-1]["results"] == [{"kind": "mark"}]
+
+
+def test_the_report_is_there_after_every_step(call, tmp_path):
+    look = "import json, sys; print(len(json.load(open(sys.argv[2]))['steps']))"
+    step = Step("look", [sys.executable, "-c", look, "-", str(tmp_path / "report.json")], 20.0)
+    call([python(""), step], "--output", str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["steps"][-1]["output"] == "2\n"
 
 
 def test_a_step_that_hangs_is_killed_with_its_children_and_keeps_its_results(tmp_path):
@@ -164,74 +171,15 @@ def test_steps_that_need_a_gpu_are_named_in_a_dry_run(tmp_path):
     assert run(step, tmp_path)["state"] == "failed"
 
 
-def test_the_report_is_there_after_every_step(monkeypatch, tmp_path):
-    look = "import json, sys; print(len(json.load(open(sys.argv[2]))['steps']))"
-    step = Step("look", [sys.executable, "-c", look, "-", str(tmp_path / "report.json")], 20.0)
-    monkeypatch.setattr(gpu_report, "steps_of", lambda *_, **__: [python(""), step])
-    call(monkeypatch, "--dry-run", "--output", str(tmp_path))
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["steps"][-1]["output"] == "2\n"
-
-
 def test_the_steps_on_a_gpu(tmp_path):
     steps = {step.name: step for step in gpu_report.steps_of("sm_90", tmp_path, dry_run=False)}
     assert "MOPO_CUDA_ARCHS=9.0a" in steps["build"].command
-    assert all((ROOT / word).exists() for word in steps["tests"].command if word.startswith("tests/"))
+    assert [Path(file).stem for file in gpu_report.test_files()] == [f"test_{name}" for name in gpu_report.TESTS]
     assert "--dry-run" not in [word for step in steps.values() for word in step.command]
     assert gpu_report._compute_capability("sm_100") == "10.0"
     with pytest.raises(SystemExit, match="--only frob: no such step; choose from build, ceilings"):
         gpu_report.chosen(list(steps.values()), ["tune", "frob"])
     assert [step.name for step in gpu_report.chosen(list(steps.values()), ["tune", "build"])] == ["build", "tune"]
-
-
-# ----------------------------------------------------------------------------------------------------------- contest
-
-
-def test_a_contestant_that_fails_is_reported_and_leaves_the_rest_alone():
-    calls = []
-
-    def failing(error, *, after):
-        def bind(*_):
-            def run():
-                calls.append(error)
-                if len(calls) > after:
-                    raise error
-
-            return run
-
-        return bind
-
-    good = gpu_contest.ours("linear_logprob")
-    contestants = [
-        Contestant("late", "linear_logprob", failing(RuntimeError("CUDA error: misaligned\naddress"), after=3)),
-        Contestant("large", "linear_logprob", failing(torch.OutOfMemoryError("CUDA out of memory. Tried"), after=0)),
-        Contestant("missing", "linear_logprob", lambda *_: __import__("no_such_peer")),
-        good,
-    ]
-    late, large, missing, ours = gpu_contest.hold(contestants, SIZES, rounds=3)
-    assert late["error"] == "RuntimeError: CUDA error: misaligned"
-    assert len(late["rounds"]) == 1
-    assert len(calls) == 4  # none of them in the last round
-    assert large["error"] == "out of memory"
-    assert missing["error"] == "ModuleNotFoundError: No module named 'no_such_peer'"
-    assert [("seconds" in result) for result in (late, large, missing, ours)] == [False, False, False, True]
-    assert ours["seconds"] == sorted(ours["rounds"])[1]
-    assert (ours["flops"], ours["bytes"]) == WORKLOADS["linear_logprob"].work(SIZES)
-
-
-def test_contestants_take_turns():
-    order = []
-    contestants = [
-        Contestant(name, "linear_logprob", lambda *_, name=name: lambda: order.append(name)) for name in "ab"
-    ]
-    list(gpu_contest.hold(contestants, SIZES, rounds=2))
-    assert order == [*"ab", *"ab", *"ab"]  # the warm-up and two rounds
-
-
-def test_a_long_contest_has_fewer_rounds(monkeypatch):
-    monkeypatch.setattr(gpu_contest, "SECONDS", 0.0)
-    (result,) = gpu_contest.hold([gpu_contest.ours("linear_logprob")], SIZES, rounds=5)
-    assert len(result["rounds"]) == gpu_contest.MIN_ROUNDS
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
@@ -299,15 +247,15 @@ def test_the_worst_size_decides():
 @pytest.mark.parametrize(
     ("launches", "seconds", "expected"), [(1, 14e-6, "met"), (1, 16e-6, "missed"), (2, 9e-6, "missed")]
 )
-def test_the_objective(launches, seconds, expected):
+def test_label_statistics(launches, seconds, expected):
     result = {"kind": "launches", "backend": "cuda", "launches": launches, "device_seconds": seconds}
-    assert verdict("objective", result)[0] == expected
+    assert verdict("label_statistics", result)[0] == expected
 
 
-def test_the_objective_by_the_first_backend_that_runs():
+def test_label_statistics_by_the_first_backend_that_runs():
     absent = {"kind": "launches", "backend": "cuda", "error": "not built"}
     triton = {"kind": "launches", "backend": "triton", "launches": 1.0, "device_seconds": 9e-6}
-    result = verdict("objective", absent, triton, timed("objective", 40e-6))
+    result = verdict("label_statistics", absent, triton, timed("label_statistics", 40e-6))
     assert result == ("met", "triton: 1 launches, 9.0 µs; the whole call 40.0 µs")
 
 
@@ -349,7 +297,7 @@ TUNED = [blocks("statistics", 2.0, 64), blocks("statistics", 1.0, 32, rate=7.0),
 
 
 def test_rates_are_whole_or_absent():
-    assert gpu_verdict.rates_entry([*CEILINGS, *TUNED]) == Rates(0.8 * GEMM, COPY, 7.0, 9.0)._asdict()
+    assert gpu_verdict.rates_entry([*CEILINGS, *TUNED]) == rates.Rates(0.8 * GEMM, COPY, 7.0, 9.0)._asdict()
     assert gpu_verdict.rates_entry([*CEILINGS, *TUNED[:2]]) is None
     assert gpu_verdict.rates_entry(TUNED) is None
 
@@ -366,15 +314,17 @@ def test_a_new_architecture_starts_from_the_default():
 
 
 def test_the_package_reads_the_tables(monkeypatch, tmp_path):
+    assert gpu_report.RATES == rates.TABLE
+    assert Path(cut_tile.__file__).with_name("cut_blocks.json") == gpu_report.BLOCKS
+    shutil.copy(gpu_report.BLOCKS, tmp_path)
     monkeypatch.setattr(gpu_report, "BLOCKS", tmp_path / "cut_blocks.json")
     monkeypatch.setattr(gpu_report, "RATES", tmp_path / "gpu_rates.json")
-    shutil.copy(Path(cut_tile.__file__).with_name("cut_blocks.json"), tmp_path)
     (tmp_path / "gpu_rates.json").write_text('{"sm_77": {"float16": {"gemm": 1.0}}}')
     report = {"architecture": "sm_77", "steps": [{"results": [*CEILINGS, *TUNED]}]}
     gpu_report.write_tables(report)
-    rates = json.loads((tmp_path / "gpu_rates.json").read_text())
-    assert rates["sm_77"]["float16"] == {"gemm": 1.0}
-    assert Rates(**rates["sm_77"]["bfloat16"]).cut_gradients == 9.0
+    table = json.loads((tmp_path / "gpu_rates.json").read_text())
+    assert table["sm_77"]["float16"] == {"gemm": 1.0}
+    assert rates.Rates(**table["sm_77"]["bfloat16"]).cut_gradients == 9.0
     entry = json.loads((tmp_path / "cut_blocks.json").read_text())["sm_77"]["bfloat16"]
     assert cut_tile.Blocks(**entry["statistics"]).BLOCK_N == 32
     assert {path.name for path in tmp_path.iterdir()} == {"cut_blocks.json", "gpu_rates.json"}
@@ -387,7 +337,7 @@ def test_the_markdown_of_a_gpu():
     step = {"name": "all", "state": "done", "seconds": 3.0, "error": "", "output": "", "results": results}
     report = {"dry_run": False, "gpu": "NVIDIA X", "started": "today", "minutes": 9.0, "steps": [step]}
     gpu_report.finish(report, seconds=3.0)
-    text = gpu_markdown.markdown(report)
+    text = markdown(report)
     assert "# GPU report: NVIDIA X" in text
     assert "dry run" not in text
     assert "| mopo_loss | mopo_loss | 12.5 | 80.0% | 10 | 7 |  |" in text  # 3.2 MB of gradients

@@ -180,28 +180,23 @@ def test_sequence_logprob_sums_and_averages():
 
 
 BAD = [
-    ({"target": torch.tensor([0, 9, -100])}, r"target holds 9, outside \[0, 9\)"),
-    ({"target": torch.tensor([0, -1, -100])}, r"target holds -1, outside \[0, 9\)"),
-    ({"target": torch.tensor([0.0, 1.0, 2.0])}, "target has dtype torch.float32"),
-    ({"target": torch.tensor([0, 1])}, r"target has shape \[2\]"),
-    ({"weight": torch.randn(9, 5)}, r"hidden \[3, 4\] and weight \[9, 5\] do not fit"),
-    ({"weight": torch.randn(9, 4).double()}, "hidden is torch.float32 and weight torch.float64"),
-    ({"hidden": torch.ones(3, 4, dtype=torch.long)}, "hidden has dtype torch.int64"),
-    ({"bias": torch.zeros(8)}, r"bias has shape \[8\]"),
-    ({"temperature": 0.0}, "temperature must be a positive number; got 0.0"),
-    ({"softcap": -1.0}, "softcap must be a positive number; got -1.0"),
-    ({"logit_scale": float("nan")}, "logit_scale must be a positive number; got nan"),
-    ({"workspace_bytes": 0}, "workspace_bytes=0 must be positive"),
-    ({"backend": "fast"}, "backend='fast' cannot run linear_logprob on cpu"),
     ({"hidden": torch.tensor([[1.0, 2, 3, 4], [float("nan"), 0, 0, 0], [0, 0, 0, 0]])}, "hidden holds NaN"),
     ({"hidden": torch.full((3, 4), math.inf)}, "hidden holds infinity"),
     ({"weight": torch.full((9, 4), float("nan"))}, "weight holds NaN"),
+    ({"bias": torch.full((9,), float("nan"))}, "bias holds NaN"),
+    (
+        {"hidden": torch.full((3, 4), 1e30), "weight": torch.full((9, 4), 1e30)},
+        "logits of hidden, .* overflow",
+    ),
 ]
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize(("wrong", "message"), BAD, ids=[message[:30] for _, message in BAD])
-def test_bad_input_is_named(wrong, message):
-    good = {"hidden": torch.randn(3, 4), "weight": torch.randn(9, 4), "target": torch.tensor([0, 8, -100])}
+def test_inputs_that_are_not_finite_are_named(wrong, message, backend, reduction):
+    good = {"hidden": torch.randn(3, 4, requires_grad=True), "weight": torch.randn(9, 4)}
+    good |= {"target": torch.tensor([0, 8, -100]), "backend": backend, "reduction": reduction}
     linear_logprob(**good)
     with pytest.raises(ValueError, match=message):
         linear_logprob(**{**good, **wrong})
@@ -211,10 +206,3 @@ def test_environment_names_the_backend(monkeypatch):
     monkeypatch.setenv("MOPO_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="MOPO_BACKEND='nonsense' cannot run"):
         token_logprob(torch.randn(2, 3), torch.tensor([0, 1]))
-
-
-def test_sequences_need_three_dimensions():
-    with pytest.raises(ValueError, match=r"sequences need \[B, L, H\] and \[B, L\]"):
-        sequence_logprob(torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 8, 1]))
-    with pytest.raises(ValueError, match="need one target per row"):
-        token_logprob(torch.randn(3, 4), torch.tensor([0, 1]))

@@ -2,23 +2,30 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from mopo_kernels.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
-from mopo_kernels.workloads import WORKLOADS, Sizes, prepare
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from mopo_kernels import profile
+from mopo_kernels.measure import profile, timeline
+from mopo_kernels.measure.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
+from mopo_kernels.measure.workloads import WORKLOADS, Sizes
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
 H100 = Ceilings(gemm=989e12, copy=3.35e12)  # its data sheet, as the page says
 CPU = torch.device("cpu")
 SIZES = Sizes(rows=10, hidden_size=3, vocab=7, dtype=torch.bfloat16, device=CPU)
 PRODUCT = 2 * 10 * 3 * 7
+
+
+def prepare(name, sizes, backend=None):
+    """A call of an op on fresh inputs."""
+    return WORKLOADS[name].bind(backend, *WORKLOADS[name].inputs(sizes))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +39,7 @@ PRODUCT = 2 * 10 * 3 * 7
         ("token_logprob", 0, 2 * 70 + 12 * 10),
         ("token_logprob_backward", 0, 2 * 2 * 70 + 12 * 10),
         ("sequence_sums", 0, 12 * 10),
-        ("objective", 0, 10 * (4 + 4 * 4 + 8) + 8 * (5 + 2 * 10 + 3 * 4)),
+        ("label_statistics", 0, 10 * (4 * 4 + 8) + 8 * (4 + 3 * 10 + 3 * 4) + 8 * 10),
     ],
 )
 def test_floors(name, flops, num_bytes):
@@ -86,19 +93,19 @@ def test_the_longer_of_flops_and_bytes_is_the_floor():
 def test_the_median_of_the_rounds_after_the_warm_up(monkeypatch):
     calls = []
     clock = iter([0, 1, 10, 15, 20, 22])  # rounds of 1, 5 and 2 seconds
-    monkeypatch.setattr("mopo_kernels.roofline.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("mopo_kernels.measure.roofline.time.perf_counter", lambda: next(clock))
     assert seconds_of(lambda: calls.append(None), CPU, rounds=3, warmup=2) == 2
     assert len(calls) == 5
 
 
 def test_rates_are_work_over_time(monkeypatch):
-    monkeypatch.setattr("mopo_kernels.roofline.seconds_of", lambda run, device: run() is None or 0.5)
+    monkeypatch.setattr("mopo_kernels.measure.roofline.seconds_of", lambda run, device: run() is None or 0.5)
     assert copy_rate(1000, CPU) == 2 * 1000 / 0.5
     assert gemm_rate(2, 3, 5, torch.float32, CPU) == 2 * 2 * 3 * 5 / 0.5
 
 
 def test_against_ceilings():
-    text = profile.against_ceilings(Work(3e9, 2e6), Ceilings(1e12, 1e9), seconds=0.006, peak=5 * 2**20)
+    text = timeline.against_ceilings(Work(3e9, 2e6), Ceilings(1e12, 1e9), seconds=0.006, peak=5 * 2**20)
     assert text.splitlines() == [
         "needed  ceiling  time at it",
         " 3e+09  1e+12/s        3 ms  flops",
@@ -121,31 +128,42 @@ def test_kernels_on_a_gpu_and_operators_on_a_cpu():
         event("step", 3, kind=DeviceType.CUDA, device=300.0, annotation=True),
     ]
     profiler = SimpleNamespace(key_averages=lambda: events)
-    assert profile.lines_of(profiler, 3, CPU) == [("aten::mm", 2.0, 1e-5)]
-    assert profile.lines_of(profiler, 3, torch.device("cuda")) == [("fold", 1.0, 3e-5), ("gemm", 2.0, 2e-5)]
+    assert timeline.lines_of(profiler, 3, CPU) == [("aten::mm", 2.0, 1e-5)]
+    assert timeline.lines_of(profiler, 3, torch.device("cuda")) == [("fold", 1.0, 3e-5), ("gemm", 2.0, 2e-5)]
 
 
 def test_the_table_ends_with_what_is_left_over():
-    lines = [profile.Line(f"kernel {i}", 2, 0.001) for i in range(20)]
-    text = profile.table(lines).splitlines()
+    lines = [timeline.Line(f"kernel {i}", 2, 0.001) for i in range(20)]
+    text = timeline.table(lines).splitlines()
     assert text[1].split() == ["5.0%", "1", "ms", "2", "kernel", "0"]
     assert len(text) == 1 + 15 + 1
     assert text[-1].split() == ["25.0%", "5", "ms", "5", "more"]
 
 
-@pytest.mark.parametrize("name", ["mopo_loss", "token_logprob", "objective"])
+@pytest.mark.parametrize("name", ["mopo_loss", "label_statistics"])
 def test_the_command(name, capfd, tmp_path):
     path = tmp_path / "trace.json"
     sizes = ["--rows", "12", "--hidden-size", "8", "--vocab", "300", "--steps", "2"]
     assert profile.main(["--op", name, *sizes, "--trace", str(path)]) == 0
     printed = capfd.readouterr().out
-    assert f"{name}: 12 rows, hidden size 8, vocabulary 300" in printed
+    assert f"{name}: 12 rows, hidden size 8, vocabulary 300, float32" in printed
     assert "of the roofline" in printed
     assert f"mopo_kernels::{'linear_policy_loss' if name == 'mopo_loss' else name}" in printed
     assert str(path) in printed
     names = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert {f"{name}, step 0", f"{name}, step 1"} <= names
     assert {"forward", "backward"} <= names or name != "mopo_loss"
+
+
+def test_what_runs_and_why():
+    def how(name, backend=None, vocab=7):
+        sizes = SIZES._replace(vocab=vocab, dtype=torch.float32)
+        return timeline._how(name, sizes, backend, WORKLOADS[name].inputs(sizes))
+
+    assert "one pass, 6·N·H·V: 10 rows" in how("mopo_loss")
+    assert how("mopo_loss", "reference") == "backend reference"
+    assert how("frozen_head", "reference") == "backend reference"
+    assert how("token_logprob", "reference") == "backend reference: asked for by backend"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +174,7 @@ def test_the_command(name, capfd, tmp_path):
         ("--vocab many", "'many' is not a positive whole number"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--backend frob", "backend='frob' cannot run linear_logprob"),
-        ("--op objective --rows 1", "at least two responses; got rows=1"),
+        ("--op label_statistics --rows 1", "at least two responses; got rows=1"),
         ("--rows 7 --vocab 9", "even number of rows, two responses of as many tokens; got 7"),
         ("--trace nowhere/trace.json", "there is no directory nowhere"),
         ("--frob", "unrecognized arguments: --frob (see mopo profile --help)"),
@@ -176,13 +194,16 @@ def test_sizes_that_do_not_fit(monkeypatch, capsys):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(profile, "_report", out_of_memory)
+    monkeypatch.setattr(timeline, "report", out_of_memory)
     assert profile.main([]) == 2
     assert "take fewer --rows" in capsys.readouterr().err
 
 
-def test_the_help_names_every_op(capsys):
+def test_the_help_names_every_op_and_waits_for_no_torch(capsys):
+    assert set(profile.OPS) == set(WORKLOADS)
     with pytest.raises(SystemExit):
         profile.main(["--help"])
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in WORKLOADS)
+    script = "import sys; sys.modules['torch'] = None; from mopo_kernels.measure.profile import main; main(['--help'])"
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL, cwd=PAGE.parents[1])

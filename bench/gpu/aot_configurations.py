@@ -134,7 +134,7 @@ def of_table(
 
 
 def of_candidates() -> Iterator[Configuration]:
-    """What bench/gpu/gpu_report.py times, with all options: those of more work are not always those that spill."""
+    """What bench/gpu_report.py times, with all options: those of more work are not always those that spill."""
     for dtype, kernel in itertools.product((torch.bfloat16, torch.float32), KERNELS):
         for blocks in candidates(kernel, dtype):
             yield from of_cut(kernel, dtype, blocks)

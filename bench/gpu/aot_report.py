@@ -36,8 +36,8 @@ GPU. The lists below show that
   more.
 
 They say nothing about speed, nor about rows of hidden and weight that are not a multiple of 16 elements long: these
-work, and may spill. tests/test_aot.py asserts what stands here, and the same of all blocks that bench/gpu/gpu_report.py
-times.
+work, and may spill. tests/backends/test_aot.py asserts what stands here, and the same of all blocks that
+bench/gpu_report.py times.
 
 Written by `python bench/gpu/aot_report.py` with Triton {version}. A line holds the largest numbers of all
 configurations that differ in options only (softcap, bias, gradients needed, alignment of a fold's rows). The cut

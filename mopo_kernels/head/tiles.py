@@ -158,11 +158,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _sums_in(total: torch.dtype, operand: torch.dtype, device: torch.device) -> bool:
     """Whether addmm adds products of `operand` in place to sums of `total`, tried once on numbers that tell."""
     step = torch.finfo(operand).eps
-    left = torch.full((16, 16), 1 + step, dtype=operand, device=device)
-    sums = torch.ones(16, 16, dtype=total, device=device)
+    ones, sums = torch.ones(16, 16, dtype=operand, device=device), torch.ones(16, 16, dtype=total, device=device)
+    left = ones.index_fill(1, torch.zeros(1, dtype=torch.int64, device=device), 1 + step)
     try:
-        torch.addmm(sums, left, left, out_dtype=total, out=sums)
+        torch.addmm(sums, left, ones, out_dtype=total, out=sums)
     except (RuntimeError, TypeError):  # NotImplementedError too
         return False
-    exact = 1 + 16 * (1 + step) ** 2
-    return bool(((sums - exact).abs() < exact * step / 64).all())
+    return bool((sums == 17 + step).all())  # 16 + step has a bit more than `operand`

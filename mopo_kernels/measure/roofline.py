@@ -13,7 +13,6 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 Run = Callable[[], object]
 
@@ -89,7 +88,3 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     run()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def size_of(*tensors: Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)

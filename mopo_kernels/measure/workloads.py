@@ -11,7 +11,7 @@ With N rows, hidden size H, vocabulary V and s bytes an element:
     token_logprob           0         N·V·s              logits read once
     token_logprob_backward  0         2·N·V·s            and their gradient written
     sequence_sums           0         12·N               log-probabilities and targets read
-    objective               0         of N responses: labels read, results written
+    label_statistics        0         of N responses: labels read, results written
 
 and 12·N bytes of targets and log-probabilities more for the first seven.
 """
@@ -21,20 +21,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mopo_kernels import backends, objective_ops
+from mopo_kernels import backends
 from mopo_kernels.backends import reference
-from mopo_kernels.backends.batch import ObjectiveValues
+from mopo_kernels.backends.batch import Labels, LabelValues
 from mopo_kernels.logprob import linear_logprob, token_logprob
 from mopo_kernels.loss import mopo_loss
-from mopo_kernels.objective import mopo_objective
-from mopo_kernels.roofline import Run, Work
+from mopo_kernels.measure.roofline import Run, Work
+from mopo_kernels.objective import ops
+from mopo_kernels.objective.target import label_statistics
 
 TAU = 0.08
+EPS = 0.01
 OBJECTIVES = 4
 
 
@@ -51,17 +53,10 @@ class Sizes(NamedTuple):
 class Workload(NamedTuple):
     """The work that a call cannot avoid, random inputs for it, and a function that makes the call, to be repeated."""
 
-    help: str
     op: str  # its name in backends.PREFERENCE
     work: Callable[[Sizes], Work]
     inputs: Callable[[Sizes], tuple[Tensor, ...]]
     bind: Callable[..., Run]  # (backend, *inputs)
-
-
-def prepare(name: str, sizes: Sizes, backend: str | None = None) -> Run:
-    """A call of an op on fresh inputs."""
-    workload = WORKLOADS[name]
-    return workload.bind(backend, *workload.inputs(sizes))
 
 
 @contextmanager
@@ -74,30 +69,17 @@ def ranged(name: str) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------------------------------- LM heads
+def in_range(name: str, call: Run) -> Run:
+    def run() -> None:
+        with ranged(name):
+            call()
 
-
-def _products(count: int, hidden_reads: int, weight_reads: int) -> Callable[[Sizes], Work]:
-    """`count` matrix products, and so many times hidden's and weight's bytes."""
-
-    def work(sizes: Sizes) -> Work:
-        n, h, v = sizes.rows, sizes.hidden_size, sizes.vocab
-        return Work(
-            2.0 * count * n * h * v, (hidden_reads * n + weight_reads * v) * h * sizes.dtype.itemsize + 12.0 * n
-        )
-
-    return work
-
-
-def _head_inputs(sizes: Sizes) -> tuple[Tensor, ...]:
-    """hidden[N, H], weight[V, H] and target[N], with logits of deviation 1."""
-    n, h, v, dtype, device = sizes
-    hidden = torch.randn(n, h, device=device, dtype=dtype)
-    weight = torch.randn(v, h, device=device, dtype=dtype).div_(h**0.5)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,), device=device)
+    return run
 
 
 def forward_and_backward(forward: Callable[[], Tensor], *leaves: Tensor) -> Run:
+    """Both passes of a loss; gradients of the leaves that need one are dropped again."""
+
     def run() -> None:
         with ranged("forward"):
             loss = forward()
@@ -107,6 +89,28 @@ def forward_and_backward(forward: Callable[[], Tensor], *leaves: Tensor) -> Run:
             leaf.grad = None
 
     return run
+
+
+# ------------------------------------------------------------------------------------------------------- LM heads
+
+
+def _products(count: int, hidden_reads: int, weight_reads: int) -> Callable[[Sizes], Work]:
+    """`count` matrix products, and so many times hidden's and weight's bytes."""
+
+    def work(sizes: Sizes) -> Work:
+        n, h, v = sizes.rows, sizes.hidden_size, sizes.vocab
+        elements = (hidden_reads * n + weight_reads * v) * h
+        return Work(2.0 * count * n * h * v, elements * sizes.dtype.itemsize + 12.0 * n)
+
+    return work
+
+
+def head_inputs(sizes: Sizes) -> tuple[Tensor, ...]:
+    """hidden[N, H], weight[V, H] and target[N], with logits of deviation 1."""
+    n, h, v, dtype, device = sizes
+    hidden = torch.randn(n, h, device=device, dtype=dtype)
+    weight = torch.randn(v, h, device=device, dtype=dtype).div_(h**0.5)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,), device=device)
 
 
 def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
@@ -124,33 +128,30 @@ def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Ten
     return forward_and_backward(forward, hidden, weight)
 
 
-def _linear_logprob(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
-    def forward() -> Tensor:
-        return linear_logprob(hidden, weight, target, reduction="sum", backend=backend)
+def _both_passes(reduction: Literal["none", "sum"]) -> Callable[..., Run]:
+    def bind(backend: str | None, *inputs: Tensor) -> Run:
+        def forward() -> Tensor:
+            return linear_logprob(*inputs, reduction=reduction, backend=backend).sum()
 
-    return forward_and_backward(forward, hidden, weight)
+        return forward_and_backward(forward, *inputs[:2])
+
+    return bind
 
 
-def _linear_logprob_rows(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
-    return forward_and_backward(lambda: linear_logprob(hidden, weight, target, backend=backend).sum(), hidden, weight)
+def _linear_logprob_forward(backend: str | None, *inputs: Tensor) -> Run:
+    detached = [x.detach() for x in inputs]
+    return in_range("forward", lambda: linear_logprob(*detached, backend=backend))
 
 
 def _frozen_head(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
-    weight = weight.detach()
-    return forward_and_backward(lambda: linear_logprob(hidden, weight, target, backend=backend).sum(), hidden)
-
-
-def _linear_logprob_forward(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
-    hidden, weight = hidden.detach(), weight.detach()
-
-    def run() -> None:
-        with ranged("forward"):
-            linear_logprob(hidden, weight, target, backend=backend)
-
-    return run
+    return _both_passes("none")(backend, hidden, weight.detach(), target)
 
 
 # ------------------------------------------------------------------------------------------------- what has no head
+
+
+def _logit_bytes(times: int) -> Callable[[Sizes], Work]:
+    return lambda sizes: Work(0.0, (times * sizes.vocab * sizes.dtype.itemsize + 12.0) * sizes.rows)
 
 
 def _logits(sizes: Sizes) -> tuple[Tensor, ...]:
@@ -160,24 +161,17 @@ def _logits(sizes: Sizes) -> tuple[Tensor, ...]:
 
 
 def _token_logprob(backend: str | None, logits: Tensor, target: Tensor) -> Run:
-    logits = logits.detach()
-
-    def run() -> None:
-        with ranged("forward"):
-            token_logprob(logits, target, backend=backend)
-
-    return run
+    return in_range("forward", lambda: token_logprob(logits.detach(), target, backend=backend))
 
 
 def _token_logprob_backward(backend: str | None, logits: Tensor, target: Tensor) -> Run:
-    logp = token_logprob(logits, target, backend=backend)
+    return backward_alone(token_logprob(logits, target, backend=backend), logits)
+
+
+def backward_alone(logp: Tensor, logits: Tensor) -> Run:
+    """The backward of a graph that is kept, under an upstream gradient of ones."""
     upstream = torch.ones_like(logp)
-
-    def run() -> None:
-        with ranged("backward"):
-            torch.autograd.grad(logp, logits, upstream, retain_graph=True)
-
-    return run
+    return in_range("backward", lambda: torch.autograd.grad(logp, logits, upstream, retain_graph=True))
 
 
 def _token_rows(sizes: Sizes) -> tuple[Tensor, ...]:
@@ -191,60 +185,41 @@ def _sequence_sums(backend: str | None, logp: Tensor, target: Tensor) -> Run:
     name = backends.choose("sequence_sums", logp.device.type, backend).backend
     if name == "reference":
         return lambda: reference.sequence_sums(logp, target, -100)
-    return lambda: objective_ops.run_sequence_sums(logp, target, -100, name)
+    return lambda: ops.sequence_sums(logp, target, -100, name)
 
 
 def _responses(sizes: Sizes) -> tuple[Tensor, ...]:
-    """logp[N], win_rate[N, K], group[N] and multipliers[K]; each group has two responses, the last one maybe three."""
+    """win_rate[N, K], group[N] and multipliers[K]; each group has two responses, the last one maybe three."""
     n, device = sizes.rows, sizes.device
     if n < 2:
-        raise ValueError(f"objective needs at least two responses; got rows={n}")
+        raise ValueError(f"label_statistics needs at least two responses; got rows={n}")
     group = (torch.arange(n, device=device) // 2).clamp(max=n // 2 - 1)
-    multipliers = torch.ones(OBJECTIVES, device=device)
-    return torch.randn(n, device=device), torch.rand(n, OBJECTIVES, device=device), group, multipliers
+    return torch.rand(n, OBJECTIVES, device=device), group, torch.ones(OBJECTIVES, device=device)
 
 
-def _objective(backend: str | None, *inputs: Tensor) -> Run:
-    return lambda: mopo_objective(*inputs, tau=TAU, eps=0.01, backend=backend)
+def labels_of(win_rate: Tensor, group: Tensor, multipliers: Tensor) -> Labels:
+    """The batch contract's argument for the inputs of label_statistics."""
+    return Labels(win_rate, group, multipliers, lag_log_ratio=None, tau=TAU, eps=EPS, primary=0)
 
 
-def _objective_work(sizes: Sizes) -> Work:
-    read = 4 * (1 + OBJECTIVES) + 8
-    return Work(0.0, read * sizes.rows + 8.0 * ObjectiveValues.size(sizes.rows, OBJECTIVES))
+def _label_statistics(backend: str | None, *inputs: Tensor) -> Run:
+    return lambda: label_statistics(*inputs, tau=TAU, eps=EPS, backend=backend)
 
 
-def _logit_bytes(times: int) -> Callable[[Sizes], Work]:
-    return lambda sizes: Work(0.0, (times * sizes.vocab * sizes.dtype.itemsize + 12.0) * sizes.rows)
+def _label_bytes(sizes: Sizes) -> Work:
+    """Win rates and ids read, statistics and slots written."""
+    read = (4 * OBJECTIVES + 8) * sizes.rows
+    return Work(0.0, read + 8.0 * (LabelValues.length(sizes.rows, OBJECTIVES) + sizes.rows))
 
 
 WORKLOADS = {
-    "mopo_loss": Workload(
-        "clone step of mopo_loss, forward and backward",
-        *("linear_logprob", _products(3, 2, 2), _head_inputs, _clone_step),
-    ),
-    "linear_logprob": Workload(
-        "forward and backward of the sum", "linear_logprob", _products(3, 2, 2), _head_inputs, _linear_logprob
-    ),
-    "linear_logprob_rows": Workload(
-        "forward and backward of each row's", "linear_logprob", _products(3, 2, 2), _head_inputs, _linear_logprob_rows
-    ),
-    "linear_logprob_forward": Workload(
-        "no gradients, as for a reference model",
-        *("linear_logprob", _products(1, 1, 1), _head_inputs, _linear_logprob_forward),
-    ),
-    "frozen_head": Workload(
-        "linear_logprob where hidden alone needs a gradient (LoRA)",
-        *("linear_logprob", _products(2, 2, 1), _head_inputs, _frozen_head),
-    ),
-    "token_logprob": Workload("from logits, forward", "token_logprob", _logit_bytes(1), _logits, _token_logprob),
-    "token_logprob_backward": Workload(
-        "gradient of the logits", "token_logprob", _logit_bytes(2), _logits, _token_logprob_backward
-    ),
-    "sequence_sums": Workload(
-        "sums of N log-probabilities over sequences",
-        *("sequence_sums", lambda sizes: Work(0.0, 12.0 * sizes.rows), _token_rows, _sequence_sums),
-    ),
-    "objective": Workload(
-        "mopo_objective of N responses, forward", "objective", _objective_work, _responses, _objective
-    ),
+    "mopo_loss": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _clone_step),
+    "linear_logprob": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _both_passes("sum")),
+    "linear_logprob_rows": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _both_passes("none")),
+    "linear_logprob_forward": Workload("linear_logprob", _products(1, 1, 1), head_inputs, _linear_logprob_forward),
+    "frozen_head": Workload("linear_logprob", _products(2, 2, 1), head_inputs, _frozen_head),
+    "token_logprob": Workload("token_logprob", _logit_bytes(1), _logits, _token_logprob),
+    "token_logprob_backward": Workload("token_logprob", _logit_bytes(2), _logits, _token_logprob_backward),
+    "sequence_sums": Workload("sequence_sums", lambda sizes: Work(0.0, 12.0 * sizes.rows), _token_rows, _sequence_sums),
+    "label_statistics": Workload("label_statistics", _label_bytes, _responses, _label_statistics),
 }

@@ -17,7 +17,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import cuda_report
 import fold_contract
 import pybind11
 import pytest
@@ -29,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold import DTYPES
 
+from bench.gpu import cuda_report
 from mopo_kernels import backends
 from mopo_kernels.backends import native, reference
 from mopo_kernels.backends.fold import Tile

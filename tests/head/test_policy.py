@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import measure
 from test_tiles import counted_logits
 
+from bench.memory import measure
 from mopo_kernels import mopo_loss, mopo_objective
 from mopo_kernels.backends.native import cpu
 from mopo_kernels.objective.steps import STEPS as POLICY_STEPS

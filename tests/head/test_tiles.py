@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import measure
 
+from bench.memory import measure
 from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from_pairs
 from mopo_kernels.backends import memory as backend_memory
 from mopo_kernels.backends.native import cpu
 from mopo_kernels.head import plan, tiles
-from mopo_kernels.head.rows import rows_that_count
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 
@@ -343,11 +342,6 @@ def test_sums_over_many_column_blocks_are_rounded_once(ignored, monkeypatch):
     assert relative_error(ours, truth) <= 1.1 * relative_error(truth.bfloat16(), truth)
 
 
-def test_rows_that_all_count_are_a_slice():
-    assert rows_that_count(torch.arange(5), -100) == slice(0, 5)
-    assert rows_that_count(torch.tensor([1, -100, 2]), -100).tolist() == [0, 2]
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_gradients_of_several_backwards_add_up(scale):
     hidden, weight, _, target = make(30, 8, 90, torch.float32)
@@ -357,9 +351,3 @@ def test_gradients_of_several_backwards_add_up(scale):
     expected = torch.autograd.grad(2 * scale * exact_logp, (hidden, weight))
     for x, truth in zip((hidden, weight), expected, strict=True):
         assert relative_error(x.grad, truth) <= 2e-5
-
-
-def test_unknown_reductions_are_named():
-    hidden, weight, _, target = make(3, 4, 9, torch.float32)
-    with pytest.raises(ValueError, match="reduction must be one of none, sum, mean; got 'max'"):
-        linear_logprob(hidden, weight, target, reduction="max")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from memory import measure
 
+from bench.memory import measure
 from mopo_kernels import token_logprob
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.native import cpu

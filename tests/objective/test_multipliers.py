@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -115,8 +116,8 @@ def test_barrier_step_by_hand():
 def test_sgd_finds_the_exact_multipliers(eps):
     labels = data()
     thresholds = between(labels, 0.2, eps=eps).tolist()
-    module = dual(dict(zip(NAMES[1:], thresholds, strict=True)), update="sgd", eps=eps, multiplier_lr=0.2, chi_lr=0.5)
-    for _ in range(2000):
+    module = dual(dict(zip(NAMES[1:], thresholds, strict=True)), update="sgd", eps=eps, multiplier_lr=0.4, chi_lr=0.5)
+    for _ in range(1000):
         module.update(labels[0], labels[1])
     expected = solve(labels, thresholds, eps=eps).multipliers
     assert (expected[1:] > 0.05).any()
@@ -321,10 +322,47 @@ def rank_update(rank, folder):
     dist.destroy_process_group()
 
 
-def test_all_ranks_take_the_step_of_their_joint_batch(tmp_path):
-    mp.spawn(rank_update, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+class Ranks:
+    """torch.distributed among threads, each of which is a rank."""
+
+    def __init__(self, count):
+        self.met, self.sent = threading.Barrier(count), {}
+        self.is_available = self.is_initialized = lambda: True
+        self.get_world_size = lambda: count
+
+    def all_gather_object(self, received, mine):
+        rank = int(threading.current_thread().name)
+        self.sent[rank] = mine
+        self.met.wait(timeout=60)
+        received[:] = [self.sent[i] for i in range(len(received))]
+
+
+def states_of_threads(monkeypatch):
+    monkeypatch.setattr("mopo_kernels.objective.multipliers.dist", Ranks(2))
+    modules = [dual(update="sgd", eps=0.01) for _ in range(2)]
+    labels = [data(groups=5 + rank, seed=rank, lag=True) for rank in range(2)]
+    threads = [
+        threading.Thread(name=str(i), target=module.update, args=x)
+        for i, (module, x) in enumerate(zip(modules, labels, strict=True))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    return [module.state_dict() for module in modules]
+
+
+def states_of_processes(folder):
+    mp.spawn(rank_update, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("ranks", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_all_ranks_take_the_step_of_their_joint_batch(tmp_path, monkeypatch, ranks):
+    first, second = states_of_threads(monkeypatch) if ranks == "threads" else states_of_processes(tmp_path)
     assert_same_state(first, second)
+    assert first["step"] == 1
     parts = [data(groups=5 + rank, seed=rank, lag=True) for rank in range(2)]
     win_rate, lag = (torch.cat([part[i] for part in parts]) for i in (0, 2))
     alone = dual(update="sgd", eps=0.01)

@@ -1,4 +1,4 @@
-"""The MOPO objective against golden cases, closed forms, its invariances, and what it refuses, on every backend."""
+"""The MOPO objective against golden cases, closed forms and its invariances; test_checks.py has what it refuses."""
 
 import itertools
 import math
@@ -100,7 +100,7 @@ def test_golden_batch(case, policy_step, backend):
 
 
 @given(batch=batches)
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 def test_weights_are_the_softmax_of_scores_within_each_group(batch):
     labels = (batch["win_rate"], batch["group"], batch["multipliers"])
     weights = mopo_weights(*labels, tau=TAU, lag_log_ratio=batch["lag_log_ratio"])
@@ -143,7 +143,7 @@ def test_weights_and_estimates_carry_no_gradient():
 
 
 @given(batch=batches)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_win_rates_are_the_derivatives_of_the_dual(batch):
     """c_k G_k = d/d lambda_k of tau mean_x log E_ref exp(s / tau), c_k the fraction of groups labelled for k."""
     groups = members(batch["group"])
@@ -220,7 +220,7 @@ def test_gradcheck(policy_step):
 
 
 @given(batch=batches)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_gradients_have_the_closed_forms_that_kernels_use(batch):
     """clone -w_i/G; contrast (softmax_group(h)_i - w_i)/G; regress 2 sum_j(...)/(pairs G)."""
     groups = members(batch["group"])
@@ -256,7 +256,7 @@ def assert_same(a, b, order=None):
 
 
 @given(batch=batches, policy_step=st.sampled_from(POLICY_STEPS), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_neither_row_order_nor_group_ids_matter(batch, policy_step, seed):
     output = mopo_objective(**batch, policy_step=policy_step)
     order = torch.randperm(len(batch["logp"]), generator=torch.Generator().manual_seed(seed))
@@ -266,7 +266,7 @@ def test_neither_row_order_nor_group_ids_matter(batch, policy_step, seed):
 
 
 @given(batch=batches, shift=st.floats(-50, 50))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_a_constant_per_prompt_cancels(batch, shift):
     """Normalisers cancel in contrast and regress; clone, a likelihood, moves by the shift; so do lag ratios cancel."""
     chosen = (batch["group"] == batch["group"][0]).double()
@@ -281,7 +281,7 @@ def test_a_constant_per_prompt_cancels(batch, shift):
 
 
 @given(batch=batches, policy_step=st.sampled_from(POLICY_STEPS))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=12)
 def test_a_batch_is_the_average_of_its_groups(batch, policy_step):
     parts = [mopo_objective(**rows(batch, member), policy_step=policy_step) for member in members(batch["group"])]
     whole = mopo_objective(**batch, policy_step=policy_step)
@@ -308,7 +308,7 @@ def test_one_objective_and_hard_pairs_are_dpo_with_soft_labels_and_ipo():
     torch.testing.assert_close(mopo_objective(h, policy_step="regress", **arguments).loss, ipo, **EXACT)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_regress_is_unbiased_under_single_draws_by_enumeration(n):
     """Over all iid draws of n responses and of their labels, the expected gradient vanishes at h = v / tau."""
     mu = tensor([0.5, 0.2, 0.3])
@@ -363,6 +363,16 @@ def test_what_is_not_kept_leaves_the_clone_loss_and_is_reported():
     torch.testing.assert_close(gradient, torch.where(kept, -weights / 2, 0), **EXACT)
 
 
+def test_a_log_probability_that_is_not_kept_is_not_blamed():
+    batch = random_batch(6, [3, 4])
+    kept = torch.arange(7) != 2
+    logp = torch.where(kept, batch["logp"], math.nan)
+    with pytest.raises(ValueError, match="multipliers must be 1 at the primary"):
+        mopo_objective(**{**batch, "logp": logp, "multipliers": 2 * batch["multipliers"]}, kept=kept)
+    with pytest.raises(ValueError, match="logp of response 4 is inf"):
+        mopo_objective(**{**batch, "logp": logp.index_fill(0, torch.tensor([4]), math.inf)}, kept=kept)
+
+
 def test_results_are_in_the_callers_dtypes_and_sums_in_float64():
     batch = random_batch(7, [2, 3])
     single = {name: x.float() if name != "group" and torch.is_tensor(x) else x for name, x in batch.items()}
@@ -374,7 +384,9 @@ def test_results_are_in_the_callers_dtypes_and_sums_in_float64():
 
 
 @pytest.mark.parametrize("policy_step", POLICY_STEPS)
-def test_compiles_to_one_graph(policy_step):
+def test_compiles_to_one_graph(policy_step, backend):
+    if backend == "reference" and policy_step != "clone":
+        pytest.skip("the step is the same operations; the statistics' are traced with clone")
     torch._dynamo.reset()  # it compiles a function again only so often
     batch = random_batch(8, [2, 3, 2], unlabelled=0.2)
 
@@ -397,54 +409,3 @@ def test_output_is_a_pytree():
     doubled = torch.utils._pytree.tree_map(lambda x: 2 * x, output)
     assert type(doubled) is type(output)
     torch.testing.assert_close(doubled.weights, 2 * output.weights)
-
-
-# --------------------------------------------------------------------------------------------------------- bad input
-
-
-def bad(name, value, message):
-    return pytest.param({name: value}, message, id=f"{name}: {message}")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        bad("win_rate", torch.tensor([[0.5], [1.2]]), r"win_rate must lie in \[0, 1\].*got 1.2 in row 1, objective 0"),
-        bad("win_rate", torch.tensor([[0.5], [-0.1]]), r"win_rate must lie in \[0, 1\]"),
-        bad("win_rate", torch.tensor([[0.5], [math.inf]]), r"win_rate must lie in \[0, 1\]"),
-        bad("win_rate", torch.tensor([[1], [0]]), "win_rate must be a floating-point tensor"),
-        bad("win_rate", torch.tensor([1.0, 0.0]), "win_rate must be a floating-point tensor"),
-        bad("group", torch.tensor([0, 1]), "group 0 has one response"),
-        bad("group", torch.tensor([0.0, 0.0]), "group must be an int64 tensor"),
-        bad("group", torch.tensor([0, 0, 0]), "group must be an int64 tensor"),
-        bad("multipliers", torch.tensor([2.0]), "multipliers must be 1 at the primary objective 0; got 2"),
-        bad("multipliers", torch.tensor([1.0, 1.0]), "multipliers must have one entry"),
-        bad("multipliers", torch.tensor([-1.0]), "multipliers must be finite and >= 0"),
-        bad("multipliers", torch.tensor([math.nan]), "multipliers must be finite and >= 0"),
-        bad("primary", 1, "primary must be an objective 0 .. 0; got 1"),
-        bad("tau", 0.0, "tau must be a positive number; got 0.0"),
-        bad("tau", math.nan, "tau must be a positive number"),
-        bad("eps", -0.1, "eps must be a number >= 0"),
-        bad("logp", torch.tensor([math.nan, 0.0]), "logp of response 0 is nan"),
-        bad("logp", torch.zeros(3), "logp must have one entry for each of the 2 responses"),
-        bad("ref_logp", torch.tensor([0.0, -math.inf]), "ref_logp of response 1 is -inf"),
-        bad("ref_logp", None, "policy_step='regress' needs ref_logp"),
-        bad("kept", torch.tensor([True, False]), "kept works with 'clone' only"),
-        bad("lag_log_ratio", torch.tensor([0.0, math.nan]), "lag_log_ratio must be finite"),
-        bad("lag_log_ratio", torch.zeros(1), "lag_log_ratio must have one entry"),
-        bad("policy_step", "ppo", "policy_step must be one of clone, contrast, regress; got 'ppo'"),
-    ],
-)
-def test_bad_arguments_are_named(change, message):
-    good = {
-        "logp": torch.zeros(2),
-        "win_rate": torch.tensor([[1.0], [0.0]]),
-        "group": torch.tensor([0, 0]),
-        "multipliers": torch.ones(1),
-        "ref_logp": torch.zeros(2),
-        "tau": TAU,
-        "policy_step": "regress",
-    }
-    mopo_objective(**good)
-    with pytest.raises(ValueError, match=message):
-        mopo_objective(**{**good, **change})

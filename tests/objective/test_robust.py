@@ -28,7 +28,7 @@ def test_golden_robust_bound(case):
     size=st.integers(2, 40),
     log_eps=st.floats(-12, 0.5),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_bound_is_the_maximum_over_chi(seed, size, log_eps):
     generator = torch.Generator().manual_seed(seed)
     values = 3 * torch.rand(size, generator=generator, dtype=torch.float64)

@@ -1,6 +1,6 @@
 """What launchers of cut kernels share: inputs, their arguments of the kernels, and the block sizes.
 
-cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu/gpu_report.py found fastest on that GPU, or,
+cut_blocks.json holds, per architecture, dtype and kernel, what bench/gpu_report.py found fastest on that GPU, or,
 where it has not run yet, what compiles without spills (docs/aot.md). "default" suits GPUs with 99 KB of shared memory.
 """
 

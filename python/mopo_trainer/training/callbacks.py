@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-if TYPE_CHECKING:
-    from mopo_trainer.training.trainer import MOPOTrainer
+from mopo_trainer.training.step import StepRecord
+
+
+class MovesDual(Protocol):
+    """What of the trainer moves the multipliers."""
+
+    record: StepRecord
+
+    def start_dual(self) -> None: ...
+    def step_dual(self) -> None: ...
 
 
 class DualCallback(TrainerCallback):
     """Moves the multipliers: solved before the first step, updated after every step, refreshed at every lag."""
 
-    def __init__(self, trainer: MOPOTrainer) -> None:
+    def __init__(self, trainer: MovesDual) -> None:
         self.trainer = trainer
 
     def on_train_begin(

@@ -1,7 +1,7 @@
-"""pytest-benchmark's JSON as a Markdown table and plots:
+"""Benchmarks' JSON as a Markdown table and plots:
 
-    make bench                                             does both steps, into runs/bench
-    python bench/report.py results.json … bench/results/cpu
+    make bench                                                       does both steps, into runs/bench
+    python -m bench.cpu.report results.json … bench/results/cpu
 
 Per group: median seconds, and medians over the rounds of the ratios within a round: time against the first contestant,
 and the products alone (the block sizes of best median) against it. Memory is the peak above the start, outputs and
@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 
 import matplotlib
-from bench_head import CEILING
 from matplotlib import pyplot as plt
+
+from bench.cpu.head import CEILING
 
 matplotlib.use("Agg")
 
@@ -28,25 +29,28 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("output", type=Path, help="directory for report.md and the plots")
     options = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in options.results]
-    options.output.mkdir(parents=True, exist_ok=True)
+    write([json.loads(path.read_text()) for path in options.results], options.output)
+
+
+def write(results: list[dict], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    infos = [entry["extra_info"] for result in results for entry in result["benchmarks"]]
+    scaling = [info for info in infos if "axis" in info]
+    contests = [info for info in infos if "axis" not in info and len(info["seconds"]) > 1]
+    alone = [info for info in infos if len(info["seconds"]) == 1]
     lines = heading(results)
-    entries = [entry for result in results for entry in result["benchmarks"]]
-    scaling = [entry for entry in entries if "axis" in entry["extra_info"]]
-    contests = [entry for entry in entries if entry not in scaling and "seconds" in entry["extra_info"]]
-    alone = [entry for entry in entries if "seconds" not in entry["extra_info"]]
     if contests:
-        plot_contests(contests, options.output / "contests.png")
+        plot_contests(contests, output / "contests.png")
         lines += ["", "![time and memory of every contestant](contests.png)"]
-    for entry in contests:
-        lines += table(entry)
+    for info in contests:
+        lines += table(info)
     if scaling:
-        plot_scaling(scaling, options.output / "scaling.png")
+        plot_scaling(scaling, output / "scaling.png")
         lines += ["", "![time and memory against rows, vocabulary and the share of rows that count](scaling.png)"]
     if alone:
         lines += ["", "## without peers", "", "| | seconds |", "|---|---|"]
-        lines += [f"| {entry['name']} | {entry['stats']['median']:.3f} |" for entry in alone]
-    (options.output / "report.md").write_text("\n".join(lines) + "\n")
+        lines += [f"| {info['group']} | {median(*info['seconds'].values()):.3f} |" for info in alone]
+    (output / "report.md").write_text("\n".join(lines) + "\n")
 
 
 def heading(results: list[dict]) -> list[str]:
@@ -54,8 +58,7 @@ def heading(results: list[dict]) -> list[str]:
     return [f"# Benchmarks\n\n{cpu['brand_raw']}, {cpu['count']} cores, {dates[0]} to {dates[-1]}."]
 
 
-def table(entry: dict) -> list[str]:
-    info = entry["extra_info"]
+def table(info: dict) -> list[str]:
     seconds = info["seconds"]
     names, ceiling = contestants(seconds)
     rows = [
@@ -68,7 +71,7 @@ def table(entry: dict) -> list[str]:
         share = f"{ratio(seconds[ceiling], seconds[name]):.1%}" if ceiling else ""
         memory = info["peak_bytes"][name] / 1e6
         rows.append(f"| {name} | {median(seconds[name]):.3f} | {against_ours:.2f} | {share} | {memory:.0f} |")
-    return rows
+    return rows + [f"| {name} | {error} | | | |" for name, error in info.get("errors", {}).items()]
 
 
 def ratio(times: list[float], others: list[float]) -> float:
@@ -77,18 +80,18 @@ def ratio(times: list[float], others: list[float]) -> float:
     return median(a / b for a, b in zip(times, others, strict=True))
 
 
-def plot_contests(entries: list[dict], path: Path) -> None:
-    bars = [sum(not name.startswith(CEILING) for name in entry["extra_info"]["seconds"]) + 1 for entry in entries]
+def plot_contests(infos: list[dict], path: Path) -> None:
+    bars = [len(contestants(info["seconds"])[0]) + 1 for info in infos]
     figure, grid = plt.subplots(
-        *(len(entries), 2),
-        figsize=(12, 0.6 * len(entries) + 0.25 * sum(bars)),
+        nrows=len(infos),
+        ncols=2,
+        figsize=(12, 0.6 * len(infos) + 0.25 * sum(bars)),
         squeeze=False,
         sharey="row",
         height_ratios=bars,
         constrained_layout=True,
     )
-    for (time, memory), entry in zip(grid, entries, strict=True):
-        info = entry["extra_info"]
+    for (time, memory), info in zip(grid, infos, strict=True):
         names, ceiling = contestants(info["seconds"])
         seconds = [median(info["seconds"][name]) for name in names]
         colors = ["tab:blue" if name.startswith("mopo") else "tab:gray" for name in names]
@@ -110,15 +113,12 @@ def contestants(seconds: dict) -> tuple[list[str], str | None]:
     return [name for name in seconds if name not in products], ceiling
 
 
-def plot_scaling(entries: list[dict], path: Path) -> None:
+def plot_scaling(infos: list[dict], path: Path) -> None:
     axes_of = {"rows": "N", "vocabulary": "V", "share of rows that count": "share"}
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.5), sharex="col", constrained_layout=True)
     for column, (axis, field) in enumerate(axes_of.items()):
         curves = defaultdict(list)
-        for entry in entries:
-            info = entry["extra_info"]
-            if info["axis"] != axis:
-                continue
+        for info in (info for info in infos if info["axis"] == axis):
             for name, seconds in info["seconds"].items():
                 curves[name].append((info[field], median(seconds), info["peak_bytes"][name] / 1e6))
         for name, points in curves.items():

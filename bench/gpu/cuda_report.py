@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels: registers, shared memory and spills, as a Markdown table. Needs no GPU.
 
-python bench/cuda_report.py
+python bench/gpu/cuda_report.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="build_options")
 
 

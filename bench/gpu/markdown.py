@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from gpu_verdict import best_blocks, gradient_bytes, roofline_fraction
+from bench.gpu.verdict import best_blocks, gradient_bytes, roofline_fraction
 
 Table = list[list[str]]
 
@@ -22,7 +22,7 @@ def markdown(report: dict[str, Any]) -> str:
         _table([["", "rate"], *_ceilings(results)]),
         "## Times",
         *_times(results),
-        "## Objective",
+        "## Label statistics",
         _table([["backend", "launches", "µs on the device"], *_launches(results)]),
         "## Block sizes of the cut kernels",
         _table([["kernel", "blocks", "ms", "TFLOP/s", ""], *_blocks(results)]),
@@ -69,7 +69,8 @@ def _times(results: list[dict[str, Any]]) -> list[str]:
     for sizes, group in groupby(times, lambda result: result["sizes"]):
         rows = [
             [
-                *(r["name"], r["workload"]),
+                r["name"],
+                r["workload"],
                 _milliseconds(r.get("seconds")),
                 _percent(roofline_fraction(r, results)),
                 *_memory(r),

@@ -1,6 +1,6 @@
 """Is what the log-probs imply also what the model writes? After `mopo train CONFIG.yaml`, on the held-out groups:
 
-    python bench/real_data.py examples/qa-feedback.yaml bench/results/qa-feedback [OPTIONS OF mopo train]
+    python -m bench.studies.real_data examples/qa-feedback.yaml bench/results/qa-feedback [OPTIONS OF mopo train]
 
 - win rates implied by log π − log π_ref, summed over the response (what `evaluate` logs) and per token;
 - texts sampled from the model with its adapter on and off, compared by the objectives that are scorers.
@@ -16,13 +16,14 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from mopo_trainer.data import objectives, plain_text
-from mopo_trainer.report.evaluate import bootstrap_interval, label_win_rates, sampled_win_rates
-from mopo_trainer.files import write_json
-from mopo_trainer.training.reference import response_logps, tokenize_groups
 from mopo_trainer.commands.sampling import sample_responses
-from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.commands.train import load_groups, load_model, parse_arguments
+from mopo_trainer.data import objectives, plain_text
+from mopo_trainer.data.scorers import load_scorers
+from mopo_trainer.data.tokens import tokenize_groups
+from mopo_trainer.files import write_json
+from mopo_trainer.report.evaluate import bootstrap_interval, label_win_rates, sampled_win_rates
+from mopo_trainer.training.reference import response_logps
 
 
 def main() -> None:
@@ -31,9 +32,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory for evaluation.json")
     parser.add_argument("--samples", type=int, default=2, help="texts per held-out prompt and model; 0: none")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    options, overrides = (
-        parser.parse_known_args()
-    )  # whatever else is given are options of mopo train, as the run had them
+    options, overrides = parser.parse_known_args()  # what else is given are options of mopo train, as the run had them
 
     script, config = parse_arguments([options.config, *overrides])
     scorers = load_scorers(config.scorers or [])

@@ -1,8 +1,8 @@
 """How long does the LM head take in the demo's training, in plain torch and in the engine? On the demo's micro-batches:
 
-    python bench/demo_head.py bench/results/demo
+    python -m bench.studies.demo_head bench/results/demo
 
-Trains SmolLM2-135M for a few steps as the demo does (under thresholds, LoRA, frozen head), keeps what `mopo_loss` was
+Trains SmolLM2-135M for a few steps as the demo does (under thresholds, LoRA, frozen head), keeps what `policy_loss` was
 given, and times its forward and backward on that, the backends in turn. Writes head.json to the given directory.
 """
 
@@ -13,13 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from contest import rounds_of
-from memory import measure
 
-from mopo_kernels import mopo_loss
+from bench import harness
+from mopo_kernels.loss import policy_loss
 from mopo_trainer.commands import demo
-from mopo_trainer.training import trainer
 from mopo_trainer.files import write_json
+from mopo_trainer.training import trainer
 
 BACKENDS = {"before: plain torch": "reference", "after: the engine": "cpu"}
 
@@ -31,30 +30,30 @@ def main() -> None:
     options = parser.parse_args()
     batches = micro_batches(options.steps)
     runs = {name: head_of(batches, backend) for name, backend in BACKENDS.items()}
-    seconds = rounds_of(runs)
+    results = harness.hold({name: lambda run=run: run for name, run in runs.items()})
     found = {
         "micro_batches": len(batches),
         "rows that count": [int((arguments[2] != -100).sum()) for arguments, _ in batches],
         "hidden": list(batches[0][0][0].shape),
         "vocab": len(batches[0][0][1]),
         "threads": torch.get_num_threads(),
-        "seconds": {name: [time / len(batches) for time in times] for name, times in seconds.items()},
-        "peak_bytes": {name: measure(run)[0] for name, run in runs.items()},
+        "seconds": {name: [time / len(batches) for time in result.rounds] for name, result in results.items()},
+        "peak_bytes": {name: result.peak_bytes for name, result in results.items()},
     }
     print(write_json(options.output / "head.json", found).read_text())
 
 
 def micro_batches(steps: int) -> list[tuple[tuple, dict]]:
-    """Arguments of `mopo_loss` in the demo's first steps."""
+    """Arguments of `policy_loss` in the demo's first steps."""
     given = []
 
     def keep(*arguments, **options):
         given.append((arguments, options))
-        return mopo_loss(*arguments, **options)
+        return policy_loss(*arguments, **options)
 
     settings = replace(demo.Settings(), steps=steps)
     groups, _ = demo._load_groups(settings, seed=0)
-    with mock.patch.object(trainer, "mopo_loss", keep), tempfile.TemporaryDirectory() as directory:
+    with mock.patch.object(trainer, "policy_loss", keep), tempfile.TemporaryDirectory() as directory:
         model, tokenizer = demo._load_model(tiny=False, seed=0)
         demo._train(model, tokenizer, groups, demo.THRESHOLDS, settings, 0, Path(directory))
     return given
@@ -66,7 +65,7 @@ def head_of(batches, backend):
 
     def run():
         for leaf, ((_, *arguments), options) in zip(leaves, batches, strict=True):
-            mopo_loss(leaf, *arguments, **options | {"backend": backend}).loss.backward()
+            policy_loss(leaf, *arguments, **options | {"backend": backend}).loss.backward()
             leaf.grad = None
 
     return run
