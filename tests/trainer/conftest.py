@@ -53,6 +53,23 @@ def tiny_model(tokenizer):
     return make_tiny_model(tokenizer)
 
 
+@pytest.fixture(scope="session")
+def plain_logps():
+    """log π(response | prompt) of each (input_ids, prompt_tokens) alone, from the model's own logits."""
+
+    @torch.no_grad()
+    def logps(model, sequences):
+        model.eval()
+        found = []
+        for ids, prompt in sequences:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+            picked = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+            found.append(picked[prompt - 1 :].sum())
+        return torch.stack(found)
+
+    return logps
+
+
 @pytest.fixture
 def pairs():
     """Eight conflicting pairs: the friendlier answer is the longer one, except in one pair."""

@@ -1,32 +1,23 @@
-"""Formats, labels, splits and tokens; what a row must become is worked out by hand from the definition of win rates."""
+"""Rows of every format and the win rates they become, worked out by hand; bad rows are named with their mend."""
 
 import json
 import math
 import re
-import time
+from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast
 
 from mopo_trainer.data import (
     DataError,
-    labels,
     load_rows,
     objectives,
-    plain_text,
-    split_groups,
     to_groups,
-    tokenize_group,
-    tokens,
 )
 from mopo_trainer.data.scorers import load_scorers
 
-EXAMPLES = Path(__file__).parents[2] / "examples/data"
+EXAMPLES = Path(__file__).parents[3] / "examples/data"
 GROUP = {"prompt": "p", "responses": ["a", "bb", "ccc"]}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -168,14 +159,17 @@ def test_groups_come_back_as_they_are(name, tmp_path):
     assert "pages" in objectives(to_groups(groups, scorers={"pages": lambda prompt, response: len(response)}))
 
 
-def test_sixty_thousand_rows_take_seconds(tmp_path):
-    """The bound is CPU time, far above the 8 s of a slow core and far below what per-row tensors would take."""
-    row = {"prompt": "p" * 200, "responses": ["r" * 400] * 4, "ratings": {name: [1, 2, 3, 4.5] for name in "abcde"}}
-    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 60_000)
-    start = time.process_time()
-    win_rate, _ = labels(to_groups(load_rows(tmp_path / "rows.jsonl")), list("abcde"))
-    assert time.process_time() - start < 40
-    assert win_rate.shape == (240_000, 5)
+def test_comparisons_of_all_rows_are_counted_at_once(monkeypatch):
+    """Tensors of one row each took minutes for a data set of common size."""
+    counted = []
+    group_labels = import_module("mopo_trainer.data.labels")  # the package has a function of that name
+    count = group_labels.win_rate_from_comparisons
+    monkeypatch.setattr(
+        group_labels, "win_rate_from_comparisons", lambda *args: counted.append(len(args[0])) or count(*args)
+    )
+    row = {**GROUP, "ratings": {"help": [1, 2, 3]}, "comparisons": {"safe": [[0, 1, 1]]}}
+    to_groups([row] * 50, scorers={"long": lambda prompt, response: len(response)})
+    assert counted == [150, 50, 150]
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -288,219 +282,3 @@ def test_scorer_that_fails():
     with pytest.raises(DataError, match=r"group 0, response 0: scorer 'odd' failed \(ZeroDivisionError") as caught:
         to_groups([PAIR], scorers={"odd": lambda prompt, response: 1 / 0})
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-# ---------------------------------------------------------------------------------------------------------- labels
-
-
-@pytest.fixture(scope="module")
-def uneven():
-    return to_groups(
-        [
-            {**GROUP, "ratings": {"help": [1, 2, 3], "safe": None}},
-            {**PAIR, "preference": {"safe": 0.25}},
-            {"prompt": "q", "responses": ["x", "y"], "ratings": {"help": [1, None]}},
-            {**GROUP, "ratings": {"help": [3, None, 1]}},
-        ]
-    )
-
-
-def test_labels_of_uneven_groups(uneven):
-    win_rate, group = labels(uneven, ["safe", "help"])
-    nan = math.nan
-    expected = [
-        *([nan, 0.0], [nan, 0.5], [nan, 1.0]),
-        *([0.25, nan], [0.75, nan]),
-        *([nan, nan], [nan, nan]),
-        *([nan, 1.0], [nan, nan], [nan, 0.0]),
-    ]
-    assert win_rate.dtype == torch.float64
-    torch.testing.assert_close(win_rate, torch.tensor(expected, dtype=torch.float64), equal_nan=True, rtol=0, atol=0)
-    assert group.dtype == torch.int64
-    assert group.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
-
-
-def test_labels_follow_a_selection(uneven):
-    win_rate, group = labels(uneven.select([3, 1]), ["help", "safe"])
-    assert win_rate[:, 0].nan_to_num(-1).tolist() == [1.0, -1, 0.0, -1, -1]
-    assert win_rate[:, 1].nan_to_num(-1).tolist() == [-1, -1, -1, 0.25, 0.75]
-    assert group.tolist() == [0, 0, 0, 1, 1]
-
-
-def test_labels_survive_saving(uneven, tmp_path):
-    uneven.save_to_disk(tmp_path / "groups")
-    for saved, kept in zip(labels(load_rows(tmp_path / "groups"), ["help"]), labels(uneven, ["help"]), strict=True):
-        torch.testing.assert_close(saved, kept, equal_nan=True, rtol=0, atol=0)
-
-
-def test_labels_refuse_unknown_repeated_and_unlabelled_objectives(uneven):
-    with pytest.raises(DataError, match="objective 'humour' is not in the data; it has: help, safe"):
-        labels(uneven, ["help", "humour"])
-    with pytest.raises(DataError, match="duplicate objective names: 'help' is asked for twice"):
-        labels(uneven, ["help", "help"])
-    with pytest.raises(DataError, match="objective 'safe' is labelled in no group"):
-        labels(uneven.select([0, 2]), ["help", "safe"])
-    with pytest.raises(DataError, match="columns a are not those of groups; call to_groups first"):
-        labels(Dataset.from_dict({"a": [1]}), ["help"])
-
-
-def test_summeval_specificity_and_brevity_conflict():
-    """The figure in examples/data/summeval-op/README.md."""
-    groups = to_groups(load_rows(EXAMPLES / "summeval-op/summeval-op.jsonl"), scorers=load_scorers(["brevity"]))
-    win_rate, _ = labels(groups, ["specificity", "brevity"])
-    assert win_rate.shape == (32 * 13, 2)
-    torch.testing.assert_close(win_rate.mean(0), torch.full((2,), 0.5, dtype=torch.float64))
-    assert np.corrcoef(win_rate.T)[0, 1] == pytest.approx(-0.75, abs=0.005)
-
-
-def test_qa_feedback_comparisons():
-    """All six comparisons of a group: each response meets three opponents, and wins add up to six."""
-    groups = to_groups(load_rows(EXAMPLES / "qa-feedback/qa-feedback.jsonl.gz"))
-    win_rate, group = labels(groups, ["preferred"])
-    assert group.bincount().tolist() == [4] * 500
-    torch.testing.assert_close((3 * win_rate).reshape(500, 4).sum(1), torch.full((500,), 6.0, dtype=torch.float64))
-    assert win_rate[:4, 0].tolist() == pytest.approx([(0.5 + 1 + 0) / 3, (0.5 + 1 + 0.5) / 3, 0.0, (1 + 0.5 + 1) / 3])
-
-
-# ---------------------------------------------------------------------------------------------------------- splits
-
-
-def test_split_keeps_prompts_apart_and_every_group():
-    rows = [{**PAIR, "prompt": f"p{i % 20}", "chosen": f"c{i}"} for i in range(50)]
-    groups = to_groups(rows)
-    train, test = split_groups(groups, 0.25, seed=3)
-    assert len(set(test["prompt"])) == 5
-    assert not set(test["prompt"]) & set(train["prompt"])
-    assert sorted(train.to_list() + test.to_list(), key=str) == sorted(groups.to_list(), key=str)
-    again, _ = split_groups(groups, 0.25, seed=3)
-    other, _ = split_groups(groups, 0.25, seed=4)
-    assert again.to_list() == train.to_list()
-    assert other.to_list() != train.to_list()
-
-
-def test_split_leaves_both_sides_something():
-    groups = to_groups([{**PAIR, "prompt": f"p{i}"} for i in range(3)])
-    assert list(map(len, split_groups(groups, 0.01))) == [2, 1]
-    assert list(map(len, split_groups(groups, 0.99))) == [1, 2]
-
-
-def test_split_refuses_what_cannot_be_split():
-    with pytest.raises(DataError, match=r"test_fraction=1.0: give a number between 0 and 1"):
-        split_groups(to_groups([PAIR]), 1.0)
-    with pytest.raises(DataError, match="1 different prompts cannot be split"):
-        split_groups(to_groups([PAIR, PAIR]), 0.5)
-
-
-# ---------------------------------------------------------------------------------------------------------- tokens
-
-WHOLE = {"max_prompt_length": None, "max_length": None}
-
-
-def decoded(tokenizer, sequences):
-    """(prompt text, response text) of every sequence."""
-    return [(tokenizer.decode(ids[:n]), tokenizer.decode(ids[n:])) for ids, n in sequences]
-
-
-def test_plain_text_joins_messages():
-    assert plain_text("a") == "a"
-    assert plain_text([user("a"), assistant("b")]) == "a\n\nb"
-
-
-def test_tokenize_plain_text(tokenizer):
-    sequences = tokenize_group("Why? ", ["So.", "Because.<|end|>"], tokenizer, **WHOLE)
-    assert decoded(tokenizer, sequences) == [("Why? ", "So.<|end|>"), ("Why? ", "Because.<|end|>")]
-    assert [n for _, n in sequences] == [5, 5]  # byte level: one token a character
-
-
-@pytest.mark.parametrize("as_chat", [False, True])
-def test_tokenize_chat(tokenizer, as_chat):
-    prompt, responses = "Why?", ["So.", "Because."]
-    if not as_chat:
-        prompt, responses = [user(prompt)], [[assistant(response)] for response in responses]
-    sequences = tokenize_group(prompt, responses, tokenizer, **WHOLE, as_chat=as_chat)
-    start = "<|user|>Why?<|end|><|assistant|>"
-    assert decoded(tokenizer, sequences) == [(start, "So.<|end|>"), (start, "Because.<|end|>")]
-    whole = tokenizer.apply_chat_template([user("Why?"), assistant("Because.")], tokenize=True)["input_ids"]
-    assert sequences[1][0] == whole
-
-
-def test_what_a_chat_template_writes_behind_the_end_is_left_out(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("<|end|>", "<|end|>\n"))
-    [(ids, n)] = tokenize_group([user("Why?")], [[assistant("So.")]], tokenizer, **WHOLE)
-    assert tokenizer.decode(ids[n:]) == "So.<|end|>"
-    assert ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(ids[:n]) == "<|user|>Why?<|end|>\n<|assistant|>"
-
-
-def test_messages_from_a_table_lose_the_keys_that_others_have(tokenizer):
-    prompt = [{"role": "user", "content": "Why?", "name": None}]
-    template = "{% for m in messages %}{{ m['content'] }}{% if 'name' in m %}!{% endif %}{% endfor %}"
-    named = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>")
-    named.chat_template = template
-    [(ids, _)] = tokenize_group(prompt, [[assistant("So.")]], named, **WHOLE)
-    assert named.decode(ids) == "Why?So."
-
-
-def test_truncation_takes_the_prompt_from_the_left_and_the_response_from_the_right(tokenizer, caplog):
-    tokens._report_cut.cache_clear()
-    sequences = tokenize_group("abcdef", ["uvwxyz", "u"], tokenizer, max_prompt_length=4, max_length=8)
-    assert decoded(tokenizer, sequences) == [("cdef", "uvwx"), ("cdef", "u<|end|>")]
-    tokenize_group("abcdef", ["uvwxyz", "u"], tokenizer, max_prompt_length=4, max_length=8)
-    assert caplog.text.count("cut to fit max_length=8") == 1
-
-
-def test_nothing_is_reported_where_nothing_was_cut(tokenizer, caplog):
-    tokens._report_cut.cache_clear()
-    [(ids, n)] = tokenize_group("abcdef", ["uvw"], tokenizer, max_prompt_length=4, max_length=8)
-    assert (len(ids), n) == (8, 4)
-    assert caplog.text == ""
-
-
-def test_a_prompt_that_leaves_no_room_is_an_error(tokenizer):
-    with pytest.raises(
-        DataError, match=r"prompt's 6 tokens leave no room for a response in max_length=6; set max_prompt"
-    ):
-        tokenize_group("abcdef", ["u"], tokenizer, max_prompt_length=None, max_length=6)
-
-
-def test_lengths_must_be_positive(tokenizer):
-    with pytest.raises(DataError, match="max_prompt_length=0: give at least 1"):
-        tokenize_group("abcdef", ["u"], tokenizer, max_prompt_length=0, max_length=6)
-
-
-def merging_tokenizer():
-    """Begins with <s> and merges "ab", so that a prompt's end and a response's beginning may grow together."""
-    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "</s>": 4, "<s>": 5}
-    backend = Tokenizer(models.BPE(vocab, [("a", "b")]))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
-def test_tokens_never_merge_across_the_boundary():
-    sequences = tokenize_group("ca", ["bc", "cab"], merging_tokenizer(), **WHOLE)
-    assert sequences == [([5, 2, 0, 1, 2, 4], 3), ([5, 2, 0, 2, 3, 4], 3)]
-
-
-def test_special_tokens_of_a_chat_come_from_its_template_only():
-    chatty = merging_tokenizer()
-    chatty.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert tokenize_group("c", ["c", "ab"], chatty, **WHOLE, as_chat=True) == [([5, 2, 2], 2), ([5, 2, 3], 2)]
-
-
-def test_chat_without_a_template():
-    with pytest.raises(DataError, match="messages need a chat template and the tokenizer has none"):
-        tokenize_group("a", ["b"], merging_tokenizer(), **WHOLE, as_chat=True)
-
-
-def test_template_whose_replies_do_not_follow_its_generation_prompt(tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        tokenizer, "chat_template", tokenizer.chat_template.replace("<|assistant|>", "<|assistant|>think")
-    )
-    with pytest.raises(DataError, match=r"renders the prompt alone as '.*<\|assistant\|>think' but not so before"):
-        tokenize_group([user("a")], [[assistant("b")]], tokenizer, **WHOLE)
-
-
-def test_messages_that_the_template_refuses(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must\\nalternate') }}")
-    with pytest.raises(DataError, match=r"the chat template refuses the messages \(roles must alternate\); mend"):
-        tokenize_group([user("a")], [[assistant("b")]], tokenizer, **WHOLE)

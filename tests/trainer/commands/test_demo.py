@@ -1,6 +1,8 @@
 """`mopo demo --tiny`: the demo's whole path on a random model, and how it judges."""
 
+import io
 import json
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -10,10 +12,17 @@ from mopo_trainer.report.evaluate import Interval
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    output = tmp_path_factory.mktemp("demo")
-    assert run_demo(tiny=True, steps=3, output=output) == 0
-    return output
+def run(tmp_path_factory):
+    """The directory of a finished run, and what it printed."""
+    output, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with redirect_stdout(printed):
+        assert run_demo(tiny=True, steps=3, output=output) == 0
+    return output, printed.getvalue()
+
+
+@pytest.fixture
+def finished(run):
+    return run[0]
 
 
 def test_files(finished):
@@ -60,9 +69,8 @@ def test_texts_are_held_out(finished):
     assert not set(held_out["prompt"]) & set(train["prompt"])
 
 
-def test_tables_are_printed(capsys, tmp_path):
-    run_demo(tiny=True, output=tmp_path)
-    printed = capsys.readouterr().out
+def test_tables_are_printed(run):
+    _, printed = run
     for expected in ("What the labels allow", "Win rate against the base model", f"{MOPO} − {ALONE}", "s in all"):
         assert expected in printed
 

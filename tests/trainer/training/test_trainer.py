@@ -39,18 +39,6 @@ def make(tmp_path, model, tokenizer, rows, *, eval_dataset=None, peft_config=Non
     )
 
 
-def token_logps(model, trainer):
-    """log π of every response by the plain Hugging Face logits, one sequence at a time."""
-    model.eval()
-    logps = []
-    for ids, prompt in trainer.train_groups.sequences():
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].double()
-        picked = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-        logps.append(picked[prompt - 1 :].sum())
-    return torch.stack(logps)
-
-
 def first_batch(trainer):
     return next(iter(trainer.get_train_dataloader()))
 
@@ -64,19 +52,19 @@ def test_the_dual_is_solved_before_the_first_step(tmp_path, tiny_model, tokenize
     assert expected.multipliers[1] > 0.5
 
 
-def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer, pairs):
+def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer, pairs, plain_logps):
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, per_device_train_batch_size=8)
     trainer.start_dual()
     labels = trainer.train_groups
     loss = trainer.compute_loss(tiny_model, first_batch(trainer))
     weights = mopo_weights(labels.win_rate, labels.group, trainer.dual.multipliers, tau=0.08)
     kept = weights > 1e-5
-    logps = token_logps(tiny_model, trainer)
+    logps = plain_logps(tiny_model, trainer.train_groups.sequences())
     torch.testing.assert_close(loss.double(), -(weights * logps)[kept].sum() / 8, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy_step", ["contrast", "regress"])
-def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, pairs, plain_logps, policy_step):
     trainer = make(
         tmp_path,
         tiny_model,
@@ -88,7 +76,7 @@ def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, 
     )
     trainer.start_dual()
     torch.testing.assert_close(
-        trainer.reference["train"], token_logps(tiny_model, trainer).double(), rtol=1e-5, atol=1e-5
+        trainer.reference["train"], plain_logps(tiny_model, trainer.train_groups.sequences()), rtol=1e-5, atol=1e-5
     )
     loss = trainer.compute_loss(tiny_model, first_batch(trainer))
     if policy_step == "contrast":  # h = 0 everywhere: uniform softmax over two responses
@@ -183,9 +171,11 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path, tiny_model, tokenize
     assert (whole - torch.cat([p.detach().flatten() for p in tiny_model.parameters()])).abs().max() > 1e-3
 
 
-def test_adapter_off_is_the_reference(tmp_path, tiny_model, tokenizer, pairs):
+def test_adapter_off_is_the_reference(tmp_path, tiny_model, tokenizer, pairs, plain_logps):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # adapter on ≠ adapter off at once
-    base = token_logps(copy.deepcopy(tiny_model), make(tmp_path / "base", tiny_model, tokenizer, pairs))
+    base = plain_logps(
+        copy.deepcopy(tiny_model), make(tmp_path / "base", tiny_model, tokenizer, pairs).train_groups.sequences()
+    )
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, peft_config=lora, policy_step="contrast")
     trainer.train()
     torch.testing.assert_close(trainer.reference["train"], base.double(), rtol=1e-5, atol=1e-5)
@@ -218,7 +208,9 @@ def test_clone_without_lag_needs_no_reference(tmp_path, tiny_model, tokenizer, p
 
 
 @pytest.mark.parametrize("policy_step", ["clone", "contrast"])
-def test_lag_refreshes_reference_and_ratchets_thresholds(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+def test_lag_refreshes_reference_and_ratchets_thresholds(
+    tmp_path, tiny_model, tokenizer, pairs, plain_logps, policy_step
+):
     options = {"lag_steps": 2, "ratchet_beta": 0.9, "policy_step": policy_step, "lr_scheduler_type": "constant"}
     after_two_steps = copy.deepcopy(tiny_model)
     make(tmp_path / "two", after_two_steps, tokenizer, pairs, max_steps=2, **options).train()
@@ -226,7 +218,7 @@ def test_lag_refreshes_reference_and_ratchets_thresholds(tmp_path, tiny_model, t
     trainer.train()  # refreshes after steps 2 and 4; from then on the reference is the policy of step 2
     labels = trainer.train_groups
     torch.testing.assert_close(
-        trainer.reference["lag"], token_logps(after_two_steps, trainer).double(), rtol=1e-4, atol=1e-4
+        trainer.reference["lag"], plain_logps(after_two_steps, trainer.train_groups.sequences()), rtol=1e-4, atol=1e-4
     )
     ratio = trainer.reference["lag"] - trainer.reference["train"]
     assert ratio.abs().max() > 1e-2
@@ -310,7 +302,9 @@ def test_resuming_with_other_arguments_is_refused(tmp_path, tiny_model, tokenize
 
 
 @pytest.mark.parametrize("policy_step", ["contrast", "regress"])
-def test_after_a_refresh_the_loss_is_against_the_lag_policy(tmp_path, tiny_model, tokenizer, pairs, policy_step):
+def test_after_a_refresh_the_loss_is_against_the_lag_policy(
+    tmp_path, tiny_model, tokenizer, pairs, plain_logps, policy_step
+):
     trainer = make(
         tmp_path, tiny_model, tokenizer, pairs, policy_step=policy_step, per_device_train_batch_size=8, lag_clip=0.5
     )
@@ -319,7 +313,7 @@ def test_after_a_refresh_the_loss_is_against_the_lag_policy(tmp_path, tiny_model
     loss = trainer.compute_loss(tiny_model, first_batch(trainer))
     labels = trainer.train_groups
     expected = mopo_objective(
-        token_logps(tiny_model, trainer).double(),
+        plain_logps(tiny_model, trainer.train_groups.sequences()),
         labels.win_rate,
         labels.group,
         trainer.dual.multipliers,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parent / "distributed_run.py"
+RUN = Path(__file__).parents[1] / "distributed_run.py"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from mopo_trainer.commands.main import main
 
-SUMMEVAL = Path(__file__).parents[2] / "examples" / "data" / "summeval-op" / "summeval-op.jsonl"
+SUMMEVAL = Path(__file__).parents[3] / "examples" / "data" / "summeval-op" / "summeval-op.jsonl"
 COMMANDS = ("train", "solve", "pareto", "demo", "doctor", "profile")
 
 

@@ -9,7 +9,7 @@ from mopo_trainer.data.adapters import ADAPTERS, adapt
 from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.data.sources import DataError
 
-HH_RLHF = Path(os.environ.get("MOPO_HH_RLHF", Path(__file__).parents[3] / "shared/data/hh-rlhf"))
+HH_RLHF = Path(os.environ.get("MOPO_HH_RLHF", Path(__file__).parents[4] / "shared/data/hh-rlhf"))
 
 # Rows in the exact published schemas; what each should become stands beside it.
 HH_RLHF_ROWS = [

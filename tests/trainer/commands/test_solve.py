@@ -9,7 +9,7 @@ import torch
 from mopo_kernels import InfeasibleThresholds
 from mopo_trainer.commands.solve import LabelProblem, analyse, load_problem, plot_report, sweep
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
 
 # Win rates as the data's READMEs state them (a generic constrained solver), in the order of the objectives named here.
 SUMMEVAL = {

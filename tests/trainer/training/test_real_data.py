@@ -15,7 +15,7 @@ from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.trainer import MOPOTrainer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DATA = ROOT / "examples" / "data"
 HH_RLHF = Path(os.environ.get("MOPO_HH_RLHF", ROOT.parent / "shared" / "data" / "hh-rlhf"))
 

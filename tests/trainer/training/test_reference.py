@@ -1,0 +1,62 @@
+"""Log-probs of whole responses against one sequence at a time, what a batch of them holds, the hash of the weights."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from mopo_trainer.training.head import LMHead
+from mopo_trainer.training.reference import _batches, parameters_fingerprint, response_logps
+
+SEQUENCES = [  # (input_ids, prompt_tokens): two groups of ragged responses, one response of a single token
+    ([9, 50, 51], 1),
+    ([9, 60, 61, 62], 1),
+    ([5, 6, 7, 20, 21, 22], 3),
+    ([5, 6, 7, 30], 3),
+    ([5, 6, 7, 40, 41], 3),
+]
+GROUPS = [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("row_of", [None, GROUPS])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_response_logps_in_any_batching(tiny_model, plain_logps, row_of, batch_size):
+    tiny_model.train()
+    logps = response_logps(
+        tiny_model, SEQUENCES, accelerator=Accelerator(cpu=True), batch_size=batch_size, pad_token_id=0, row_of=row_of
+    )
+    assert tiny_model.training
+    assert logps.dtype == torch.float64
+    torch.testing.assert_close(logps, plain_logps(tiny_model, SEQUENCES), rtol=1e-5, atol=1e-5)
+
+
+def test_batches_take_the_longest_rows_first_and_rows_whole():
+    assert _batches(SEQUENCES, None, 2) == [[2, 4], [1, 3], [0]]
+    assert _batches(SEQUENCES, GROUPS, 2) == [[2, 3, 4], [0, 1]]  # at least a row, however small the batch
+    assert _batches(SEQUENCES, GROUPS, 5) == [[2, 3, 4, 0, 1]]
+    assert _batches(SEQUENCES, GROUPS, 4) == [[2, 3, 4], [0, 1]]
+
+
+def test_the_fingerprint_sees_every_reference_weight_and_no_other(tiny_model):
+    weight = tiny_model.model.layers[1].mlp.up_proj.weight
+
+    def fingerprint(is_reference=lambda parameter: True):
+        return parameters_fingerprint(tiny_model, is_reference)
+
+    def fingerprint_of_others():
+        return fingerprint(lambda parameter: parameter is not weight)
+
+    before, before_others = fingerprint(), fingerprint_of_others()
+    assert fingerprint() == before != before_others
+    for change in (lambda: weight[3, 2].add_(1e-3), lambda: weight[0].neg_()):  # the second keeps the absolute sum
+        with torch.no_grad():
+            change()
+        assert fingerprint() != before
+        assert fingerprint_of_others() == before_others
+
+
+def test_head_options_follow_the_model_config(tiny_model):
+    tiny_model.config.final_logit_softcapping = 30.0
+    tiny_model.config.logits_scaling = 4.0
+    assert LMHead.of(tiny_model).options == {"bias": None, "softcap": 30.0, "logit_scale": 0.25}
+    tiny_model.config.logit_scale = 0.5
+    assert LMHead.of(tiny_model).options["logit_scale"] == 0.5
