@@ -145,3 +145,13 @@ def test_backward_twice_gives_the_same_gradients_and_scales_them():
     again = torch.autograd.grad(loss, (hidden, weight))
     torch.testing.assert_close(list(again), first, rtol=0, atol=0)
     torch.testing.assert_close(list(tripled), [3 * g for g in first])
+
+
+def test_a_frozen_heads_rows_are_scaled_each_by_its_own_gradient():
+    hidden, weight = tensors((S, L, H), (V, H))
+    upstream = torch.linspace(-1, 2, S * L).view(S, L)
+    results = []
+    for backend in ("cpu", "reference"):
+        logp = linear_logprob(hidden, weight.detach(), targets(), backend=backend)
+        results.append(torch.autograd.grad(logp, hidden, upstream)[0])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=1e-6)
