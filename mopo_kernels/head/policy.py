@@ -25,7 +25,7 @@ def run_total_logprob(inputs: HeadInputs, call: HeadCall) -> Tensor:  # []
     """Σ logp over the rows that count, or their mean: the clone loss of one sequence of weight −1."""
     hidden, weight, bias, target = inputs
     one = HeadInputs(hidden.unsqueeze(0), weight, bias, target.unsqueeze(0))
-    return linear_policy_loss(*one, StepTarget.of_one(-1.0, hidden.device).packed(), "clone", call.flat())[0]
+    return linear_policy_loss(*one, StepTarget.packed_one(-1.0, hidden.device), "clone", call.flat())[0]
 
 
 @torch.library.custom_op("mopo_kernels::linear_policy_loss", mutates_args=())

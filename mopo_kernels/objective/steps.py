@@ -35,11 +35,10 @@ class StepTarget(NamedTuple):
     shift: Tensor  # [S] what logp is compared with
     num_groups: Tensor  # [] G
 
-    @classmethod
-    def of_one(cls, weight: float, device: torch.device) -> StepTarget:
-        """One sequence in a group of its own."""
-        one = torch.ones(1, dtype=torch.float64, device=device)
-        return cls(torch.zeros(1, dtype=torch.int64, device=device), one, weight * one, 0 * one, one[0])
+    @staticmethod
+    def packed_one(weight: float, device: torch.device) -> Tensor:  # [5]
+        """One sequence in a group of its own, packed."""
+        return torch.tensor([0, 1, weight, 0, 1], dtype=torch.float64, device=device)
 
     @property
     def groups(self) -> Groups:

@@ -114,7 +114,7 @@ def test_opcheck_of_column_major_tensors():
     target = targets().flatten().clamp(min=0)
     for save in ("logits", "nothing"):
         torch.library.opcheck(head_logprob, (hidden, weight, None, target, CALL, save))
-    labels = StepTarget.of_one(1.0, hidden.device).packed()
+    labels = StepTarget.packed_one(1.0, hidden.device)
     call = HeadCall(Transform(0.5, 2.0, True), -100, "cpu", 2**20, (True, True, False)).flat()
     torch.library.opcheck(linear_policy_loss, (hidden[None], weight, None, target[None], labels, "clone", call))
 

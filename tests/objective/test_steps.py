@@ -124,7 +124,7 @@ def test_a_part_of_a_target_keeps_the_number_of_groups():
 
 
 def test_one_sequence_in_a_group_of_its_own():
-    target = StepTarget.of_one(-1.0, torch.device("cpu"))
+    target = StepTarget.unpacked(StepTarget.packed_one(-1.0, torch.device("cpu")))
     logp = torch.tensor([-7.0], dtype=torch.float64)
     assert STEPS["clone"].loss(logp, target) == -7
     assert STEPS["clone"].gradient(logp, target).tolist() == [1]
