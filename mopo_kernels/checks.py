@@ -245,10 +245,8 @@ def in_vocabulary(target: Tensor, vocab: int, ignore_index: int) -> Tensor:  # [
 
 def check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
     """Raise for the target that is neither a token nor ignored, if there is one."""
-    if torch.compiler.is_compiling():
-        return
-    bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
-    if bad.numel():
+    if not is_true(in_vocabulary(target, vocab, ignore_index)):
+        bad = target[(target != ignore_index) & ((target < 0) | (target >= vocab))]
         raise ValueError(
             f"target holds {int(bad[0])}, outside [0, {vocab}) for a head of {vocab} rows; "
             f"rows that do not count take ignore_index={ignore_index}"
