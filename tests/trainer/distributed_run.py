@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_tiny_model, make_tokenizer
+from tiny import make_tiny_model, make_tokenizer
 
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.trainer import MOPOTrainer

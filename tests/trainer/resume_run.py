@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from conftest import make_tiny_model, make_tokenizer
 from peft import LoraConfig
+from tiny import make_tiny_model, make_tokenizer
 from transformers import TrainerCallback
 
 from mopo_trainer.training.config import MOPOConfig

@@ -88,9 +88,20 @@ class Settings:
     temperature: float = 1.0
     top_p: float = 0.95
     num_groups: int | None = None  # all
+    sweep_points: int = 21
+    front_points: int = 15
 
 
-TINY = Settings(steps=2, groups_per_micro_batch=1, lora_rank=2, num_samples=2, max_new_tokens=8, num_groups=12)
+TINY = Settings(
+    steps=2,
+    groups_per_micro_batch=1,
+    lora_rank=2,
+    num_samples=2,
+    max_new_tokens=8,
+    num_groups=12,
+    sweep_points=3,
+    front_points=4,
+)
 
 
 def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, output: Path = Path("mopo-demo")) -> int:
@@ -111,7 +122,7 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
     console.rule("1. What the labels allow")
     problem = LabelProblem("demo", OBJECTIVES, *labels(train_groups, OBJECTIVES), settings.tau, settings.eps)
     console.print(problem.headline, style="bold", soft_wrap=True)
-    analysis = analyse(problem, THRESHOLDS)
+    analysis = analyse(problem, THRESHOLDS, points=settings.sweep_points)
     print_report(analysis, console)
 
     console.rule("2. Training and sampling")
@@ -147,7 +158,7 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
     files = [
         write_json(output / "results.json", results),
         _write_texts(output / "texts.jsonl", prompts, texts),
-        plots.save_figure(_front_figure(problem, compared, subtitle), output / "front.png"),
+        plots.save_figure(_front_figure(problem, compared, settings.front_points, subtitle), output / "front.png"),
         plots.save_figure(plots.plot_training(logs[MOPO], objectives=OBJECTIVES), output / "training.png"),
     ]
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
@@ -360,7 +371,7 @@ def _write_texts(path: Path, prompts: Sequence[str], texts: Mapping[str, Sequenc
     return path
 
 
-def _front_figure(problem: LabelProblem, results: Mapping[str, Any], subtitle: str) -> Figure:
+def _front_figure(problem: LabelProblem, results: Mapping[str, Any], points: int, subtitle: str) -> Figure:
     """The front of the training labels, and where the models came out on held-out prompts."""
     marked: dict[str, tuple[NDArray[np.float64], NDArray[np.float64] | None]] = {
         BASE: (np.full(len(OBJECTIVES), 0.5), None)
@@ -371,5 +382,5 @@ def _front_figure(problem: LabelProblem, results: Mapping[str, Any], subtitle: s
             np.array([row["mean"] for row in rows]),
             np.array([(row["high"] - row["low"]) / 2 for row in rows]),
         )
-    points = [point["win_rates"] for point in front(problem, points=15)["points"]]
-    return plots.plot_front(points, OBJECTIVES, marked=marked, thresholds=THRESHOLDS, subtitle=subtitle)
+    found = [point["win_rates"] for point in front(problem, points=points)["points"]]
+    return plots.plot_front(found, OBJECTIVES, marked=marked, thresholds=THRESHOLDS, subtitle=subtitle)

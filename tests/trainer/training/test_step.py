@@ -8,6 +8,7 @@ import torch
 from mopo_kernels import MOPODual
 from mopo_kernels.objective.target import label_statistics
 from mopo_trainer.data.packing import GroupBatch, SequenceBatch, pack
+from mopo_trainer.training import step as step_module
 from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
 
 PAD = 0
@@ -82,13 +83,12 @@ def test_steps_against_a_reference_take_every_response(policy_step):
 @pytest.mark.parametrize("lag", [False, True])
 @pytest.mark.parametrize("update", ["sgd", "barrier"])
 def test_micro_batches_move_the_multipliers_as_one_batch(update, lag):
-    parts = [make_batch(seed, sizes, lag=lag) for seed, sizes in ((0, (3, 2, 4)), (1, (2,)), (2, (2, 3)))]
-    names = ("win_rate", "lag_log_ratio") if lag else ("win_rate",)
-    whole = {name: torch.cat([getattr(labels, name) for _, labels in parts]) for name in names}
-    group = torch.arange(6).repeat_interleave(torch.tensor([3, 2, 4, 2, 2, 3]))  # groups numbered through
     expected, dual, record = make_dual(update=update), make_dual(update=update), StepRecord()
-    for _ in range(2):  # what the first step held is forgotten in the second
-        expected.update(group=group, **whole)
+    for first in (0, 10):  # what the first step held is forgotten in the second
+        parts = [make_batch(first + i, sizes, lag=lag) for i, sizes in enumerate([(3, 2, 4), (2,), (2, 3)])]
+        win_rate = torch.cat([labels.win_rate for _, labels in parts])
+        group = torch.arange(6).repeat_interleave(torch.tensor([3, 2, 4, 2, 2, 3]))  # numbered through
+        expected.update(win_rate, group, torch.cat([labels.lag_log_ratio for _, labels in parts]) if lag else None)
         for batch, labels in parts:
             record.add(step_of(batch, labels, dual))
         record.move(dual)
@@ -109,7 +109,9 @@ def test_a_step_of_one_batch_hands_its_statistics_on():
     torch.testing.assert_close(dual.state_dict(), expected.state_dict(), rtol=1e-12, atol=1e-12)
 
 
-def test_logs_are_means_and_sums_since_the_last_log():
+def test_logs_are_means_and_sums_since_the_last_log(monkeypatch):
+    clock = iter([0.0, 100.0, 104.0, 200.0, 205.0])  # made, first step, log, first step, log
+    monkeypatch.setattr(step_module.time, "perf_counter", lambda: next(clock))
     dual, record = make_dual(), StepRecord()
     assert record.metrics(dual, ALONE) == {}
     steps = [step_of(*make_batch(seed), dual) for seed in (1, 2)]
@@ -128,12 +130,17 @@ def test_logs_are_means_and_sums_since_the_last_log():
         assert logs[f"multiplier/{name}"] == dual.multipliers[k]
     assert (logs["threshold/brief"], logs["slack/brief"]) == (0.6, logs["bound/brief"] - 0.6)
     assert not {"threshold/friendly", "slack/friendly"} & set(logs)
-    tokens = [(step.index, make_batch(seed)[0].sequences.lengths) for step, seed in zip(steps, (1, 2), strict=True)]
-    assert logs["skipped_tokens"] == sum(int(lengths.sum() - lengths[index].sum()) for index, lengths in tokens) > 0
-    assert logs["tokens_per_second"] > 0
+    lengths = [make_batch(seed)[0].sequences.lengths for seed in (1, 2)]
+    tokens = [int(all_[step.index].sum()) for all_, step in zip(lengths, steps, strict=True)]
+    skipped = [int(all_.sum()) - kept for all_, kept in zip(lengths, tokens, strict=True)]
+    assert logs["skipped_tokens"] == sum(skipped) > 0
+    assert logs["tokens_per_second"] == sum(tokens) / 4  # from the first step on
     assert record.metrics(dual, ALONE) == {}
+    record.start_clock()
     record.add(steps[1])
-    assert record.metrics(dual, ALONE)["kl"] == pytest.approx(float(values[1].kl))
+    logs = record.metrics(dual, ALONE)
+    assert logs["kl"] == pytest.approx(float(values[1].kl))
+    assert (logs["skipped_tokens"], logs["tokens_per_second"]) == (skipped[1], tokens[1] / 5)
 
 
 def test_an_objective_that_one_batch_leaves_unlabelled_is_logged_from_the_others():

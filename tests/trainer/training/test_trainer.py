@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import make_pairs, make_tiny_model, plain_logps
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
 from mopo_trainer.training.config import MOPOConfig
@@ -43,16 +44,46 @@ def first_batch(trainer):
     return next(iter(trainer.get_train_dataloader()))
 
 
-def test_the_dual_is_solved_before_the_first_step(tmp_path, tiny_model, tokenizer, pairs):
-    trainer = make(tmp_path, tiny_model, tokenizer, pairs)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizer):
+    """A run of three steps with clone, an exact dual and a robust bound."""
+    trainer = make(tmp_path_factory.mktemp("finished"), make_tiny_model(tokenizer), tokenizer, make_pairs(), eps="0.01")
+    trainer._response_logps = lambda *args, **options: pytest.fail("clone without lag needs no reference pass")
+    trainer.record._since -= 3600  # an hour of preparation before the first step
     trainer.train()
-    labels = trainer.train_groups
-    expected = solve_dual(labels.win_rate, labels.group, torch.tensor([0.4]), tau=0.08)
-    torch.testing.assert_close(trainer.dual.multipliers, expected.multipliers, rtol=1e-6, atol=1e-8)
+    return trainer
+
+
+def steps_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_dual_is_solved_before_the_first_step(finished):
+    labels = finished.train_groups
+    expected = solve_dual(labels.win_rate, labels.group, torch.tensor([0.4]), tau=0.08, eps=0.01)
+    torch.testing.assert_close(finished.dual.multipliers, expected.multipliers, rtol=1e-6, atol=1e-8)
     assert expected.multipliers[1] > 0.5
 
 
-def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer, pairs, plain_logps):
+def test_tokens_per_second_count_training_only(finished):
+    assert steps_of(finished)[0]["tokens_per_second"] > 10
+
+
+def test_logs_carry_every_objective(finished):
+    logs = steps_of(finished)
+    assert len(logs) == 3
+    for entry in logs:
+        assert {"ess", "kl", "dropped_mass", "tokens_per_second", "skipped_tokens"} <= set(entry)
+        for name in ("friendly", "brief"):
+            assert {f"win_rate/{name}", f"bound/{name}", f"multiplier/{name}"} <= set(entry)
+            assert entry[f"bound/{name}"] < entry[f"win_rate/{name}"]
+        assert entry["threshold/brief"] == 0.4
+        assert entry["slack/brief"] == pytest.approx(entry["bound/brief"] - 0.4)
+        assert "threshold/friendly" not in entry
+    assert json.dumps(logs)
+
+
+def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer, pairs):
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, per_device_train_batch_size=8)
     trainer.start_dual()
     labels = trainer.train_groups
@@ -64,7 +95,7 @@ def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer
 
 
 @pytest.mark.parametrize("policy_step", ["contrast", "regress"])
-def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, pairs, plain_logps, policy_step):
+def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, pairs, policy_step):
     trainer = make(
         tmp_path,
         tiny_model,
@@ -82,7 +113,7 @@ def test_steps_against_a_reference_start_at_it(tmp_path, tiny_model, tokenizer, 
     if policy_step == "contrast":  # h = 0 everywhere: uniform softmax over two responses
         torch.testing.assert_close(loss.item(), torch.tensor(2.0).log().item(), rtol=1e-4, atol=1e-4)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in steps_of(trainer)]
     assert losses[-1] < losses[0]
 
 
@@ -94,7 +125,7 @@ def test_responses_without_weight_never_enter_the_model(tmp_path, tiny_model, to
     )
     trainer.train()
     assert [shape[0] for shape in seen] == [4, 4, 4]  # one response of each pair
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = steps_of(trainer)
     lengths = {  # tokens of prompt + response
         name: [len(ids) for ids, _ in trainer.train_groups.sequences()[offset::2]]
         for name, offset in (("friendly", 0), ("brief", 1))
@@ -126,35 +157,11 @@ def test_sharing_prompts_trains_the_same_model_with_fewer_tokens(tmp_path, tiny_
     assert skipped[1] > skipped[0]
 
 
-def test_tokens_per_second_counts_training_only(tmp_path, tiny_model, tokenizer, pairs):
-    trainer = make(tmp_path, tiny_model, tokenizer, pairs)
-    trainer.record._since -= 3600  # an hour of preparation before the first step
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs[0]["tokens_per_second"] > 10
-
-
-def test_logs_carry_every_objective(tmp_path, tiny_model, tokenizer, pairs):
-    trainer = make(tmp_path, tiny_model, tokenizer, pairs, eps="0.01")
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logs) == 3
-    for entry in logs:
-        assert {"ess", "kl", "dropped_mass", "tokens_per_second", "skipped_tokens"} <= set(entry)
-        for name in ("friendly", "brief"):
-            assert {f"win_rate/{name}", f"bound/{name}", f"multiplier/{name}"} <= set(entry)
-            assert entry[f"bound/{name}"] < entry[f"win_rate/{name}"]
-        assert entry["threshold/brief"] == 0.4
-        assert entry["slack/brief"] == pytest.approx(entry["bound/brief"] - 0.4)
-        assert "threshold/friendly" not in entry
-    assert json.dumps(logs)
-
-
 @pytest.mark.parametrize("dual_update", ["sgd", "barrier"])
 def test_stepwise_duals_move(tmp_path, tiny_model, tokenizer, pairs, dual_update):
-    trainer = make(tmp_path, tiny_model, tokenizer, pairs, dual_update=dual_update, eps="0.01", max_steps=5)
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, dual_update=dual_update, eps="0.01", max_steps=2)
     trainer.train()
-    multipliers = [entry["multiplier/brief"] for entry in trainer.state.log_history if "loss" in entry]
+    multipliers = [entry["multiplier/brief"] for entry in steps_of(trainer)]
     assert len(set(multipliers)) > 1
 
 
@@ -171,7 +178,7 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path, tiny_model, tokenize
     assert (whole - torch.cat([p.detach().flatten() for p in tiny_model.parameters()])).abs().max() > 1e-3
 
 
-def test_adapter_off_is_the_reference(tmp_path, tiny_model, tokenizer, pairs, plain_logps):
+def test_adapter_off_is_the_reference(tmp_path, tiny_model, tokenizer, pairs):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # adapter on ≠ adapter off at once
     base = plain_logps(
         copy.deepcopy(tiny_model), make(tmp_path / "base", tiny_model, tokenizer, pairs).train_groups.sequences()
@@ -189,28 +196,26 @@ def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, 
     monkeypatch.setattr(
         MOPOTrainer, "_response_logps", lambda self, *a, **k: calls.append(1) or original(self, *a, **k)
     )
-    fresh = copy.deepcopy(tiny_model)
-    make(tmp_path, tiny_model, tokenizer, pairs, policy_step="contrast").train()
-    assert len(calls) == 1
-    make(tmp_path, copy.deepcopy(fresh), tokenizer, pairs, policy_step="contrast").train()
-    assert len(calls) == 1, "same model, same tokens: from the cache"
-    make(tmp_path, copy.deepcopy(fresh), tokenizer, pairs[:-1], policy_step="contrast").train()
-    assert len(calls) == 2, "other tokens"
+
+    def references_made(model, rows, **options):
+        before = len(calls)
+        make(tmp_path, copy.deepcopy(model), tokenizer, rows, policy_step="contrast", **options).start_dual()
+        return len(calls) - before
+
+    assert references_made(tiny_model, pairs) == 1
+    assert references_made(tiny_model, pairs) == 0, "same model, same tokens: from the cache"
+    assert references_made(tiny_model, pairs[:-1]) == 1, "other tokens"
+    for seed, made in ((0, 1), (1, 0)):  # the reference is the model below the adapter, whatever that holds
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        assert references_made(tiny_model, pairs, peft_config=lora) == made
     with torch.no_grad():
-        fresh.model.embed_tokens.weight[7] += 0.1
-    make(tmp_path, fresh, tokenizer, pairs, policy_step="contrast").train()
-    assert len(calls) == 3, "another model"
-
-
-def test_clone_without_lag_needs_no_reference(tmp_path, tiny_model, tokenizer, pairs, monkeypatch):
-    monkeypatch.setattr(MOPOTrainer, "_response_logps", lambda *a, **k: pytest.fail("a reference pass was made"))
-    make(tmp_path, tiny_model, tokenizer, pairs).train()
+        tiny_model.model.embed_tokens.weight[7] += 0.1
+    assert references_made(tiny_model, pairs) == 1, "another model"
 
 
 @pytest.mark.parametrize("policy_step", ["clone", "contrast"])
-def test_lag_refreshes_reference_and_ratchets_thresholds(
-    tmp_path, tiny_model, tokenizer, pairs, plain_logps, policy_step
-):
+def test_lag_refreshes_reference_and_ratchets_thresholds(tmp_path, tiny_model, tokenizer, pairs, policy_step):
     options = {"lag_steps": 2, "ratchet_beta": 0.9, "policy_step": policy_step, "lr_scheduler_type": "constant"}
     after_two_steps = copy.deepcopy(tiny_model)
     make(tmp_path / "two", after_two_steps, tokenizer, pairs, max_steps=2, **options).train()
@@ -302,9 +307,7 @@ def test_resuming_with_other_arguments_is_refused(tmp_path, tiny_model, tokenize
 
 
 @pytest.mark.parametrize("policy_step", ["contrast", "regress"])
-def test_after_a_refresh_the_loss_is_against_the_lag_policy(
-    tmp_path, tiny_model, tokenizer, pairs, plain_logps, policy_step
-):
+def test_after_a_refresh_the_loss_is_against_the_lag_policy(tmp_path, tiny_model, tokenizer, pairs, policy_step):
     trainer = make(
         tmp_path, tiny_model, tokenizer, pairs, policy_step=policy_step, per_device_train_batch_size=8, lag_clip=0.5
     )
@@ -323,23 +326,3 @@ def test_after_a_refresh_the_loss_is_against_the_lag_policy(
         policy_step=policy_step,
     )
     torch.testing.assert_close(loss.double(), expected.loss, rtol=1e-4, atol=1e-4)
-
-
-def test_micro_batches_keep_their_groups_apart(tmp_path, tiny_model, tokenizer, pairs):
-    def multipliers(name, **options):
-        trainer = make(
-            tmp_path / name,
-            copy.deepcopy(tiny_model),
-            tokenizer,
-            pairs,
-            dual_update="sgd",
-            multiplier_lr=0.5,
-            **options,
-        )
-        trainer.train()
-        return trainer.dual.multipliers
-
-    whole = multipliers("whole", per_device_train_batch_size=8)
-    parts = multipliers("parts", per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
-    assert whole[1] > 0
