@@ -145,7 +145,10 @@ class MOPOTrainer(Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def floating_point_ops(self, inputs: dict[str, GroupBatch]) -> int:
-        return super().floating_point_ops({"input_ids": inputs["batch"].sequences.ids})
+        return super().floating_point_ops(_as_tokens(inputs))
+
+    def _track_num_input_tokens(self, inputs: dict[str, GroupBatch]) -> None:
+        super()._track_num_input_tokens(_as_tokens(inputs))
 
     def _reference_logp(self, response: Tensor, device: torch.device) -> Tensor | None:
         """log π_ref of responses for contrast and regress: the policy of one lag ago, or the initial one."""
@@ -339,6 +342,12 @@ class MOPOTrainer(Trainer):
 
     def _needs_reference(self) -> bool:
         return self.args.policy_step != "clone" or self.args.lag_steps is not None
+
+
+def _as_tokens(inputs: dict[str, GroupBatch]) -> dict[str, Tensor]:
+    """A batch as transformers.Trainer counts tokens in it."""
+    ids = inputs["batch"].sequences.ids
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _read(rows: Dataset | Sequence[Mapping[str, Any]], args: MOPOConfig) -> Dataset:

@@ -83,6 +83,15 @@ def test_logs_carry_every_objective(finished):
     assert json.dumps(logs)
 
 
+@pytest.mark.parametrize("kind", ["all", "non_padding"])
+def test_transformers_counts_of_tokens_and_operations_are_of_the_batch(tmp_path, tiny_model, tokenizer, pairs, kind):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, max_steps=2, include_num_input_tokens_seen=kind)
+    trainer.train()
+    tokens = sum(len(ids) for row in trainer.train_groups.dataset for ids in row["input_ids"])
+    assert trainer.state.num_input_tokens_seen == tokens  # two steps of four groups are all eight
+    assert trainer.state.total_flos == 6 * tokens * tiny_model.num_parameters(exclude_embeddings=True)
+
+
 def test_the_loss_is_the_weighted_log_likelihood(tmp_path, tiny_model, tokenizer, pairs):
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, per_device_train_batch_size=8)
     trainer.start_dual()
