@@ -1,10 +1,13 @@
 """Tokens of prompts and responses: templates, special tokens, truncation."""
 
+from dataclasses import replace
+
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from mopo_trainer.data import DataError, plain_text, tokenize_group, tokens
+from mopo_trainer.data import DataError, plain_text, to_groups, tokenize_group, tokens
 
 WHOLE = {"max_prompt_length": None, "max_length": None}
 
@@ -100,6 +103,36 @@ def merging_tokenizer():
 def test_tokens_never_merge_across_the_boundary():
     sequences = tokenize_group("ca", ["bc", "cab"], merging_tokenizer(), **WHOLE)
     assert sequences == [([5, 2, 0, 1, 2, 4], 3), ([5, 2, 0, 2, 3, 4], 3)]
+
+
+def tokenized(*rows):
+    rows = [
+        {"prompt": prompt, "responses": list(responses), "win_rate": {"x": [0.5] * len(responses)}}
+        for prompt, *responses in rows
+    ]
+    return tokens.tokenize_groups(to_groups(rows), ["x"], merging_tokenizer(), **WHOLE)
+
+
+def test_groups_know_where_their_responses_begin_among_all():
+    groups = tokenized(("a", "b", "c", "bc"), ("c", "a", "b"), ("b", "a", "c"))
+    assert groups.dataset["first_response"][:] == [0, 3, 5]
+    assert groups.sequences()[3:5] == [([5, 2, 0, 4], 2), ([5, 2, 1, 4], 2)]
+    assert groups.group.tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_the_fingerprint_sees_tokens_their_order_and_where_prompts_end():
+    different = [
+        tokenized(("c", "cc", "a")),
+        tokenized(("cc", "c", "a")),
+        tokenized(("c", "a", "cc")),
+        tokenized(("c", "cc", "b")),
+    ]
+    assert different[0].fingerprint() == tokenized(("c", "cc", "a")).fingerprint()
+    assert len({groups.fingerprint() for groups in different}) == len(different)
+    cut = replace(different[0], dataset=Dataset.from_list([{"input_ids": [[5, 2, 2, 2, 4]], "prompt_tokens": [2]}]))
+    moved = replace(cut, dataset=Dataset.from_list([{"input_ids": [[5, 2, 2, 2, 4]], "prompt_tokens": [3]}]))
+    joined = replace(cut, dataset=Dataset.from_list([{"input_ids": [[5, 2], [2, 2, 4]], "prompt_tokens": [1, 1]}]))
+    assert len({groups.fingerprint() for groups in (cut, moved, joined)}) == 3
 
 
 def test_special_tokens_of_a_chat_come_from_its_template_only():

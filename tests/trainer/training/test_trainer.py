@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_pairs, make_tiny_model, plain_logps
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
+from mopo_trainer.training import trainer as trainer_module
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.trainer import MOPOTrainer
 
@@ -177,7 +178,8 @@ def test_stepwise_duals_move(tmp_path, tiny_model, tokenizer, pairs, dual_update
 def test_gradient_accumulation_is_one_large_batch(tmp_path, tiny_model, tokenizer, pairs):
     def trained(name, **options):
         model = copy.deepcopy(tiny_model)
-        trainer = make(tmp_path / name, model, tokenizer, pairs, max_steps=2, optim="sgd", **options)
+        unclipped = {"max_grad_norm": 0.0, "learning_rate": 1e-3}  # clipping would hide a loss of twice the size
+        trainer = make(tmp_path / name, model, tokenizer, pairs, max_steps=2, optim="sgd", **unclipped, **options)
         trainer.train()
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -226,6 +228,7 @@ def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, 
 @pytest.mark.parametrize("policy_step", ["clone", "contrast"])
 def test_lag_refreshes_reference_and_ratchets_thresholds(tmp_path, tiny_model, tokenizer, pairs, policy_step):
     options = {"lag_steps": 2, "ratchet_beta": 0.9, "policy_step": policy_step, "lr_scheduler_type": "constant"}
+    options["thresholds"] = ["brief=0.01"]
     after_two_steps = copy.deepcopy(tiny_model)
     make(tmp_path / "two", after_two_steps, tokenizer, pairs, max_steps=2, **options).train()
     trainer = make(tmp_path, tiny_model, tokenizer, pairs, max_steps=5, **options)
@@ -238,7 +241,8 @@ def test_lag_refreshes_reference_and_ratchets_thresholds(tmp_path, tiny_model, t
     assert ratio.abs().max() > 1e-2
     r = torch.softmax(ratio.clamp(-10, 10).view(8, 2), -1).flatten()
     reached = (r * labels.win_rate[:, 1]).sum() / 8
-    torch.testing.assert_close(trainer.dual.thresholds[0], torch.clamp(0.9 * reached, min=0.4), rtol=1e-6, atol=1e-7)
+    assert reached > 0.02
+    torch.testing.assert_close(trainer.dual.thresholds[0], 0.9 * reached, rtol=1e-6, atol=1e-7)
 
 
 def test_evaluate_says_what_log_probs_imply(tmp_path, tiny_model, tokenizer, pairs):
@@ -292,6 +296,56 @@ def test_lm_head_adapters_are_refused(tmp_path, tiny_model, tokenizer, pairs):
 def test_wrong_arguments_are_named(tmp_path, tiny_model, tokenizer, pairs, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, tiny_model, tokenizer, pairs, **options)
+
+
+def test_options_reach_the_dual(tmp_path, tiny_model, tokenizer, pairs):
+    options = {"tau": 0.3, "lag_steps": 7, "ratchet_beta": 0.9, "multiplier_lr": 0.3, "chi_lr": 0.2}
+    barrier = {"eps": "0.02", "dual_update": "barrier", "barrier_sigma": 0.05, "barrier_delta": 0.06}
+    dual = make(tmp_path, tiny_model, tokenizer, pairs, **options, **barrier).dual
+    assert {name: getattr(dual, name) for name in options} == options
+    assert (float(dual.eps), dual.rule, dual.sigma, dual.delta) == (0.02, "barrier", 0.05, 0.06)
+
+
+def test_options_reach_the_data(tmp_path, tiny_model, tokenizer):
+    ratings = {"friendly": [1, 2], "brief": [2, 1]}
+    rows = [{"prompt": f"Question {i}?", "responses": ["No.", "Of course!"], "ratings": ratings} for i in range(2)]
+    options = {"scorers": ["brevity"], "rating_scale": 2.0, "as_chat": True, "max_prompt_length": 5, "max_length": 8}
+    trainer = make(tmp_path, tiny_model, tokenizer, rows, **options)
+    assert trainer.dual.objectives == ["friendly", "brief", "brevity"]
+    torch.testing.assert_close(trainer.train_groups.win_rate[1, 0], torch.tensor(0.5).double().sigmoid())
+    for ids, prompt in trainer.train_groups.sequences():
+        assert (len(ids), prompt) == (8, 5)
+        assert tokenizer.convert_ids_to_tokens(ids)[prompt - 2 : prompt] == ["<|end|>", "<|assistant|>"]
+
+
+def test_options_reach_the_head(tmp_path, tiny_model, tokenizer, pairs, monkeypatch):
+    seen = {}
+    for name in ("policy_loss", "response_logps"):
+        call = getattr(trainer_module, name)
+        monkeypatch.setattr(
+            trainer_module,
+            name,
+            lambda *args, _name=name, _call=call, **k: seen.update({_name: k}) or _call(*args, **k),
+        )
+    head = {"backend": "reference", "workspace_bytes": 12345}
+    options = {"share_prompt": True, "per_device_eval_batch_size": 3, "reference_cache_dir": str(tmp_path / "cache")}
+    trainer = make(tmp_path / "run", tiny_model, tokenizer, pairs, policy_step="contrast", **head, **options)
+    trainer.start_dual()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    scored = seen["response_logps"]
+    assert (scored["row_of"], scored["batch_size"]) == ([i // 2 for i in range(16)], 3)
+    assert scored["backend"] == "reference"
+    trainer.compute_loss(tiny_model, first_batch(trainer))
+    assert {name: seen["policy_loss"][name] for name in head} == head
+
+
+def test_the_least_weight_reaches_the_loss(tmp_path, tiny_model, tokenizer, pairs):
+    def dropped(**options):
+        trainer = make(tmp_path, tiny_model, tokenizer, pairs, thresholds=None, **options)
+        return float(trainer.compute_loss(tiny_model, first_batch(trainer), return_outputs=True)[1].dropped_mass)
+
+    assert dropped() > 0  # exp(-1 / 0.08) = 4e-6
+    assert dropped(min_weight=0.0) == 0
 
 
 def test_softcap_and_scale_come_from_the_model_config(tmp_path, tiny_model, tokenizer, pairs):
