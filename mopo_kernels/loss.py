@@ -312,4 +312,8 @@ def mopo_weights(
 
     Raises ValueError for malformed labels, groups, multipliers or tau. Source: paper, Eq. 3.
     """
-    return label_statistics(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio).reported().weights
+    primary = 0
+    if not torch.compiler.is_compiling() and multipliers.numel():
+        primary = int((multipliers == 1).long().argmax())  # whichever it is, weights are the same
+    statistics = label_statistics(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, primary=primary)
+    return statistics.reported().weights

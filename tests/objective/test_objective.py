@@ -120,6 +120,14 @@ def test_pair_weight_is_the_logistic_of_the_multi_objective_margin():
     torch.testing.assert_close(weights, torch.cat([margin, -margin]).div(0.08).sigmoid(), **EXACT)
 
 
+def test_weights_take_any_column_as_the_primary():
+    batch = random_batch(0, [2, 3])
+    labels, multipliers = batch["win_rate"], batch["multipliers"]
+    turned = [labels.roll(1, 1), batch["group"], multipliers.roll(1)]
+    expected = mopo_weights(labels, batch["group"], multipliers, tau=TAU)
+    torch.testing.assert_close(mopo_weights(*turned, tau=TAU), expected, **EXACT)
+
+
 def test_scores_of_hundreds_neither_overflow_nor_lose_the_loser():
     win_rate = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
     weights = mopo_weights(win_rate, torch.tensor([0, 0]), torch.tensor([1.0, 6.0]), tau=0.08)

@@ -256,6 +256,17 @@ def test_evaluate_says_what_log_probs_imply(tmp_path, tiny_model, tokenizer, pai
     assert after["eval_loss"] < before["eval_loss"]
 
 
+def test_the_evaluation_loss_is_under_the_multipliers_in_force(tmp_path, tiny_model, tokenizer, pairs):
+    trainer = make(tmp_path, tiny_model, tokenizer, pairs, eval_dataset=pairs)
+    trainer.dual.refresh(trainer.train_groups.win_rate, trainer.train_groups.group)
+    assert trainer.dual.multipliers[1] > 0.1
+    groups = trainer.eval_groups
+    logp = plain_logps(tiny_model, groups.sequences())
+    labels = (groups.win_rate, groups.group, trainer.dual.multipliers)
+    expected = mopo_objective(logp.double(), *labels, tau=trainer.args.tau).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_evaluate_on_new_rows_needs_a_reference_that_is_still_there(tmp_path, tiny_model, tokenizer, pairs):
     trainer = make(tmp_path / "full", copy.deepcopy(tiny_model), tokenizer, pairs)
     trainer.train()
