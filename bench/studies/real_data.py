@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from mopo_trainer.commands.sampling import sample_responses
+from mopo_trainer.commands.sampling import Sampling, sample_responses
 from mopo_trainer.commands.train import load_groups, load_model, parse_arguments
 from mopo_trainer.data import objectives, plain_text
 from mopo_trainer.data.scorers import load_scorers
@@ -68,7 +68,8 @@ def implied(model, tokenizer, held_out, names, config):
         "row_of": groups.group.tolist() if config.share_prompt else None,
     }
     logp = response_logps(model, sequences, **score)
-    ref_logp = response_logps(model, sequences, adapter_off=True, **score)
+    with model.disable_adapter():
+        ref_logp = response_logps(model, sequences, **score)
     tokens = torch.tensor([len(ids) - prompt for ids, prompt in sequences])
     return {
         "summed": label_win_rates(logp, ref_logp, groups.win_rate, groups.group, names),
@@ -82,10 +83,10 @@ def implied(model, tokenizer, held_out, names, config):
 def sampled(model, tokenizer, held_out, scorers, config, options):
     """Win rates of the adapted model's texts against the base model's, per objective that is a scorer."""
     prompts = [shorten(plain_text(prompt), tokenizer, config.max_prompt_length) for prompt in held_out["prompt"]]
-    draw = {"num_samples": options.samples, "max_new_tokens": options.max_new_tokens, "temperature": 0.7}
-    texts = sample_responses(model, tokenizer, prompts, description="Sampling: adapted", **draw)
+    how = Sampling(num_samples=options.samples, max_new_tokens=options.max_new_tokens, temperature=0.7)
+    texts = sample_responses(model, tokenizer, prompts, how, description="Sampling: adapted")
     with model.disable_adapter():
-        base = sample_responses(model, tokenizer, prompts, description="Sampling: base", **draw)
+        base = sample_responses(model, tokenizer, prompts, how, description="Sampling: base")
     words = [sum(len(text.split()) for row in side for text in row) / sum(map(len, side)) for side in (base, texts)]
     win_rates = sampled_win_rates(prompts, texts, base, scorers)
     return {

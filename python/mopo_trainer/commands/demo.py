@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from mopo_trainer.commands.pareto import front
-from mopo_trainer.commands.sampling import DEMO_DATA, sample_responses
+from mopo_trainer.commands.sampling import DEMO_DATA, Sampling, sample_responses
 from mopo_trainer.commands.smollm import smollm2
 from mopo_trainer.commands.solve import LabelProblem, analyse, print_report
 from mopo_trainer.data import labels, load_rows, split_groups, to_groups
@@ -256,17 +256,14 @@ def _sample(
     settings: Settings,
     seed: int,
 ) -> list[list[str]]:
-    return sample_responses(
-        model,
-        tokenizer,
-        prompts,
+    how = Sampling(
         num_samples=settings.num_samples,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=seed,
-        description=f"Sampling: {name}",
     )
+    return sample_responses(model, tokenizer, prompts, how, description=f"Sampling: {name}")
 
 
 class Progress(ProgressCallback):

@@ -164,18 +164,17 @@ def load_problem(
     objectives: Sequence[str] = (),
     split: str = "train",
     scorers: Sequence[str] = (),
-    rating_scale: float | None = None,
-    adapter: str | None = None,
-    preferred: str = "preferred",
     tau: float = 0.08,
     eps: float | Literal["auto"] = 0.0,
+    **reading: Any,
 ) -> LabelProblem:
     """Read label data (`mopo_trainer.data.to_groups`) and put the primary first.
 
     Args:
         primary: the objective to maximise; None takes the first that the data names.
-        eps: radius of the robust bounds, "auto" as `mopo_kernels.dual.auto_eps` finds it.
+        eps: radius of the robust bounds, "auto" as `mopo_kernels.objective.dual.auto_eps` finds it.
         objectives: the secondaries to keep; all of them if empty.
+        reading: further options of `to_groups`.
 
     Raises:
         DataError: data that cannot be read.
@@ -185,9 +184,7 @@ def load_problem(
     if eps != "auto":
         check_eps(eps)
     rows = data.load_rows(source, split=split)
-    groups = data.to_groups(
-        rows, scorers=load_scorers(scorers), rating_scale=rating_scale, adapter=adapter, preferred=preferred
-    )
+    groups = data.to_groups(rows, scorers=load_scorers(scorers), **reading)
     names = data.objectives(groups)
     for wanted in filter(None, (primary, *objectives)):
         if wanted not in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import groupby
 
 import torch
@@ -27,13 +26,12 @@ def response_logps(
     pad_token_id: int,
     row_of: Sequence[int] | None = None,
     backend: str | None = None,
-    adapter_off: bool = False,
     description: str = "Log-probs",
 ) -> Tensor:  # [M]
     """log π(y|x), the sum over the response's tokens, of every response; float64 on the CPU, the same on every rank.
 
-    `sequences` are (input_ids, prompt_tokens) pairs, those of equal `row_of` share their prompt's pass; `adapter_off`
-    scores a peft model's base. Rows are taken longest first, `batch_size` sequences at a time, shared among the ranks.
+    `sequences` are (input_ids, prompt_tokens) pairs, those of equal `row_of` share their prompt's pass. Rows are taken
+    longest first, `batch_size` sequences at a time, shared among the ranks.
     """
     plain = accelerator.unwrap_model(model)
     batches = _batches(sequences, row_of, batch_size)
@@ -41,20 +39,19 @@ def response_logps(
     total = torch.zeros(2, len(sequences), dtype=torch.float64)
     was_training = plain.training
     plain.eval()
-    with plain.disable_adapter() if adapter_off else nullcontext():
-        for i in tqdm(range(0, len(batches), world), desc=description, disable=not accelerator.is_local_main_process):
-            indices = batches[(i + rank) % len(batches)]  # every rank runs as many forward passes as the others
-            shared = torch.tensor([row_of[j] for j in indices]) if row_of else None
-            chosen = SequenceBatch.of([sequences[j] for j in indices])
-            packed = pack(chosen, shared, pad_token_id).to(accelerator.device)
-            hidden = response_hidden_states(model, plain, packed)
-            head = LMHead.of(plain)
-            with accelerator.autocast():
-                logp = sequence_logprob(
-                    hidden.to(head.weight.dtype), head.weight, packed.target, backend=backend, **head.options
-                )
-            total[0, indices] += logp.double().cpu()
-            total[1, indices] += 1
+    for i in tqdm(range(0, len(batches), world), desc=description, disable=not accelerator.is_local_main_process):
+        indices = batches[(i + rank) % len(batches)]  # every rank runs as many forward passes as the others
+        shared = torch.tensor([row_of[j] for j in indices]) if row_of else None
+        chosen = SequenceBatch.of([sequences[j] for j in indices])
+        packed = pack(chosen, shared, pad_token_id).to(accelerator.device)
+        hidden = response_hidden_states(model, plain, packed)
+        head = LMHead.of(plain)
+        with accelerator.autocast():
+            logp = sequence_logprob(
+                hidden.to(head.weight.dtype), head.weight, packed.target, backend=backend, **head.options
+            )
+        total[0, indices] += logp.double().cpu()
+        total[1, indices] += 1
     plain.train(was_training)
     if world > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()

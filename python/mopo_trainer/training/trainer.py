@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ class MOPOTrainer(Trainer):
                 ratchet=True,
             )
 
-    def _response_logps(self, groups: TokenizedGroups, *, description: str, adapter_off: bool = False) -> Tensor:
+    def _response_logps(self, groups: TokenizedGroups, *, description: str) -> Tensor:
         return response_logps(
             self.model_wrapped if self.is_in_train else self.model,
             groups.sequences(),
@@ -200,7 +201,6 @@ class MOPOTrainer(Trainer):
             pad_token_id=self.pad_token_id,
             row_of=groups.group.tolist() if self.args.share_prompt else None,
             backend=self.args.backend,
-            adapter_off=adapter_off,
             description=description,
         )
 
@@ -218,7 +218,8 @@ class MOPOTrainer(Trainer):
         file = directory / f"{weights[:16]}-{groups.fingerprint()[:16]}.safetensors"
         if broadcast_object_list([file.is_file()])[0]:  # one rank decides: a forward pass needs all of them
             return load_file(file)["logp"]
-        logp = self._response_logps(groups, description=f"Reference log-probs ({split})", adapter_off=adapter)
+        with plain.disable_adapter() if adapter else nullcontext():
+            logp = self._response_logps(groups, description=f"Reference log-probs ({split})")
         if self.args.should_save:
             with atomic_path(file) as temporary:
                 save_file({"logp": logp}, temporary)

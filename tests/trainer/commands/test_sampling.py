@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mopo_trainer.commands import sampling
-from mopo_trainer.commands.sampling import full_sentences, sample_responses
+from mopo_trainer.commands.sampling import Sampling, full_sentences, sample_responses
 
 PROMPTS = ["Say yes.", "A somewhat longer question, is it not?", "?"]
 
@@ -42,7 +42,7 @@ def test_most_likely_tokens_are_those_of_generate(ending_model, tokenizer, monke
     monkeypatch.setattr(
         type(tokenizer), "batch_decode", lambda self, ids, **kwargs: seen.extend(ids) or decode(self, ids, **kwargs)
     )
-    sample_responses(ending_model, tokenizer, PROMPTS, num_samples=2, top_k=1, max_new_tokens=12)
+    sample_responses(ending_model, tokenizer, PROMPTS, Sampling(num_samples=2, top_k=1, max_new_tokens=12))
     expected = [greedy(ending_model, tokenizer, prompt, 12) for prompt in PROMPTS for _ in range(2)]
     assert seen == expected
 
@@ -63,7 +63,7 @@ def test_sequences_that_end_leave_the_batch(tiny_model, tokenizer):
         return output
 
     tiny_model.forward = scripted
-    texts = sample_responses(tiny_model, tokenizer, PROMPTS, num_samples=1, top_k=1, max_new_tokens=6)
+    texts = sample_responses(tiny_model, tokenizer, PROMPTS, Sampling(num_samples=1, top_k=1, max_new_tokens=6))
     assert rows == [3, 3, 3, 2, 2, 2]
     letter = tokenizer.decode([100])
     assert texts == [[letter * 2], [letter * 6], [letter * 6]]
@@ -71,9 +71,9 @@ def test_sequences_that_end_leave_the_batch(tiny_model, tokenizer):
 
 def test_a_seed_fixes_the_draws_and_leaves_the_global_state(tiny_model, tokenizer):
     before = torch.get_rng_state()
-    first = sample_responses(tiny_model, tokenizer, PROMPTS, max_new_tokens=6, seed=3)
-    again = sample_responses(tiny_model, tokenizer, PROMPTS, max_new_tokens=6, seed=3)
-    other = sample_responses(tiny_model, tokenizer, PROMPTS, max_new_tokens=6, seed=4)
+    first = sample_responses(tiny_model, tokenizer, PROMPTS, Sampling(max_new_tokens=6, seed=3))
+    again = sample_responses(tiny_model, tokenizer, PROMPTS, Sampling(max_new_tokens=6, seed=3))
+    other = sample_responses(tiny_model, tokenizer, PROMPTS, Sampling(max_new_tokens=6, seed=4))
     assert first == again != other
     assert [len(texts) for texts in first] == [4, 4, 4]
     assert torch.equal(before, torch.get_rng_state())
@@ -81,7 +81,7 @@ def test_a_seed_fixes_the_draws_and_leaves_the_global_state(tiny_model, tokenize
 
 def test_training_mode_comes_back(tiny_model, tokenizer):
     tiny_model.train()
-    sample_responses(tiny_model, tokenizer, PROMPTS[:1], num_samples=1, max_new_tokens=2)
+    sample_responses(tiny_model, tokenizer, PROMPTS[:1], Sampling(num_samples=1, max_new_tokens=2))
     assert tiny_model.training
 
 
