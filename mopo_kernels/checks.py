@@ -104,21 +104,22 @@ def check_label_shapes(labels: Labels) -> None:
     check_devices("win_rate", labels.win_rate, **tensors)
 
 
-def check_label_values(labels: Labels) -> None:
-    """Raise for the value that a batch's `valid` flag speaks of."""
+def check_label_values(labels: Labels, *, any_primary: bool = False) -> None:
+    """Raise for the value that a batch's `valid` flag speaks of; weights do not ask which objective is the primary."""
     _check_unit_interval("win_rate", labels.win_rate)
     _, inverse, counts = labels.group.unique(return_inverse=True, return_counts=True)
     check_group_sizes(labels.group, counts[inverse])
     multipliers, primary = labels.multipliers, labels.primary
     if not ((multipliers >= 0) & multipliers.isfinite()).all():
         raise ValueError(f"multipliers must be finite and >= 0; got {multipliers.tolist()}")
-    if multipliers[primary] != 1:
+    if multipliers[primary] != 1 and not any_primary:
         raise ValueError(
             f"multipliers must be 1 at the primary objective {primary}; got {multipliers[primary].item():g}: "
             "divide all of them by it, or change tau"
         )
     check_lag_finite(labels.lag_log_ratio)
-    raise RuntimeError("the labels' backend refuses values in which nothing is wrong: please report this")
+    if not any_primary:
+        raise RuntimeError("the labels' backend refuses values in which nothing is wrong: please report this")
 
 
 def check_per_response(num_responses: int, **tensors: Tensor | None) -> None:

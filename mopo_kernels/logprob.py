@@ -173,7 +173,7 @@ def sequence_logprob(
     )
     inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend)
     check_target(inputs.target, weight.shape[0], ignore_index)
-    return sequence_sums(inputs, call)
+    return sequence_totals(inputs, call)
 
 
 def enter(inputs: HeadInputs, call: HeadCall, backend: str | None) -> tuple[HeadInputs, HeadCall]:
@@ -183,7 +183,7 @@ def enter(inputs: HeadInputs, call: HeadCall, backend: str | None) -> tuple[Head
     return inputs, call.on(choose_backend(inputs, call, backend), inputs.needs)
 
 
-def sequence_sums(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]
+def sequence_totals(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]
     """`sequence_logprob` of checked arguments."""
     logp = _rows(inputs, call)
     asked = backends.if_it_has("sequence_sums", call.backend)

@@ -35,9 +35,9 @@ from mopo_kernels.checks import (
 )
 from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.policy import linear_policy_loss
-from mopo_kernels.logprob import enter, sequence_sums
+from mopo_kernels.logprob import enter, sequence_totals
 from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
-from mopo_kernels.objective.target import LabelStatistics, label_statistics, measure
+from mopo_kernels.objective.target import LabelStatistics, measure
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _policy_loss(inputs: HeadInputs, call: HeadCall, labels: LabelStatistics, st
     if call.backend != "reference" and any(call.needs):
         loss, logp, *_ = linear_policy_loss(*inputs, aim.packed(), step.policy_step, call.flat())
     else:
-        logp = sequence_sums(inputs, call)
+        logp = sequence_totals(inputs, call)
         loss = STEPS[step.policy_step].loss(logp.double(), aim).to(logp.dtype)
     logp = logp.detach()
     if kept is not None:
@@ -312,8 +312,9 @@ def mopo_weights(
 
     Raises ValueError for malformed labels, groups, multipliers or tau. Source: paper, Eq. 3.
     """
-    primary = 0
-    if not torch.compiler.is_compiling() and multipliers.numel():
-        primary = int((multipliers == 1).long().argmax())  # whichever it is, weights are the same
-    statistics = label_statistics(win_rate, group, multipliers, tau=tau, lag_log_ratio=lag_log_ratio, primary=primary)
+    labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, 0.0, 0)
+    check_label_shapes(labels)
+    statistics = measure(labels)
+    if not is_true(statistics.values.valid):
+        check_label_values(labels, any_primary=True)
     return statistics.reported().weights

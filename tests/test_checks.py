@@ -115,7 +115,6 @@ BAD_LABELS = [
     ({"group": GROUP.int()}, "group must be an int64 tensor with one id for each of the 6 .* got torch.int32"),
     ({"group": GROUP[:4]}, r"group must be an int64 tensor with one id for each of the 6 .* got torch.int64 \(4,\)"),
     ({"group": GROUP.to("meta")}, "group is on meta and win_rate on cpu; move one of them"),
-    ({"multipliers": MULTIPLIERS * 2}, "multipliers must be 1 at the primary objective 0; got 2: divide all of them"),
     ({"multipliers": changed(MULTIPLIERS, -0.5, at=1)}, "multipliers must be finite and >= 0; got"),
     ({"multipliers": changed(MULTIPLIERS, math.inf, at=1)}, "multipliers must be finite and >= 0; got"),
     ({"multipliers": changed(MULTIPLIERS, math.nan, at=2)}, "multipliers must be finite and >= 0; got"),
@@ -128,7 +127,8 @@ BAD_LABELS = [
     ({"tau": 0.0}, "tau must be a positive number; got 0.0"),
     ({"tau": math.nan}, "tau must be a positive number; got nan"),
 ]
-BAD_SETTINGS = [  # mopo_weights has neither
+BAD_SETTINGS = [  # mopo_weights has neither, and takes any column as the primary
+    ({"multipliers": MULTIPLIERS * 2}, "multipliers must be 1 at the primary objective 0; got 2: divide all of them"),
     ({"eps": -1}, r"eps must be a number >= 0 \(0 switches the robust bound off\); got -1"),
     ({"eps": math.inf}, "eps must be a number >= 0"),
     ({"primary": 7}, r"primary must be an objective 0 \.\. 2; got 7"),

@@ -162,6 +162,21 @@ def test_leading_dimensions_and_strides():
     torch.testing.assert_close(linear_logprob(strided, transposed, target), flat.detach())
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_sequence_logprob_takes_the_options_of_its_rows(options):
+    """And an ignore_index that could be a token."""
+    options = dict(options)
+    hidden, weight, bias, target = make(12, 4, 9, bias=options.pop("bias", False))
+    options |= {"bias": bias, "ignore_index": 7}
+    target = target.masked_fill(target == -100, 7)
+    rows = linear_logprob(hidden, weight, target, **options)
+    sums = sequence_logprob(hidden.view(3, 4, 4), weight, target.view(3, 4), **options)
+    torch.testing.assert_close(sums, rows.view(3, 4).sum(-1))
+    upstream = torch.tensor([1.0, 2.0, 3.0]).double()
+    ours = torch.autograd.grad(sums, (hidden, weight), upstream)
+    torch.testing.assert_close(ours, torch.autograd.grad(rows, (hidden, weight), upstream.repeat_interleave(4)))
+
+
 def test_sequence_logprob_sums_and_averages():
     hidden, weight, _, target = make(12, 4, 9)
     target[8:] = -100

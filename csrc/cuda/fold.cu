@@ -152,52 +152,52 @@ struct Shift {
 // ------------------------------------------------------------------------------------------------------- statistics
 
 template <class A>
-__device__ A finite_or_zero(A max) {  // any finite shift makes exp(-inf - shift) 0 and lets NaN through
-    return max == -static_cast<A>(INFINITY) ? 0 : max;
+__device__ A finite_or_zero(A maximum) {  // any finite shift makes exp(-inf - shift) 0 and lets NaN through
+    return maximum == -static_cast<A>(INFINITY) ? 0 : maximum;
 }
 
-// The maximum of some z and the sum of exp(z - max).
+// The maximum of some z and the sum of exp(z - maximum).
 template <class A>
 struct Running {
-    A max = -INFINITY;
-    double sum = 0;
+    A maximum = -INFINITY;
+    double total = 0;
 
-    __device__ void add(A other_max, double other_sum) {
-        const A largest = larger(max, other_max), shift = finite_or_zero(largest);
-        sum = sum * exponential(max - shift) + other_sum * exponential(other_max - shift);
-        max = largest;
+    __device__ void add(A other_maximum, double other_total) {
+        const A largest = larger(maximum, other_maximum), shift = finite_or_zero(largest);
+        total = total * exponential(maximum - shift) + other_total * exponential(other_maximum - shift);
+        maximum = largest;
     }
 
     template <int M, int N>
     __device__ void add(const A (&z)[M][N]) {
-        A largest = max;
+        A largest = maximum;
         for (const auto& vector : z)
             for (A x : vector) largest = larger(largest, x);
         const A shift = finite_or_zero(largest);
-        A total = 0;
+        A more = 0;
         for (const auto& vector : z) {
             A part = 0;
             for (A x : vector) part += exponential(x - shift);
-            total += part;
+            more += part;
         }
-        sum = sum * exponential(max - shift) + total;
-        max = largest;
+        total = total * exponential(maximum - shift) + more;
+        maximum = largest;
     }
 
     // Those of all threads of a team.
     template <class Threads>
     __device__ Running combined() const {
         Running all;
-        all.max = static_cast<A>(Threads::max(max));
-        all.sum = Threads::sum(sum * exponential(max - finite_or_zero(all.max)));
+        all.maximum = static_cast<A>(Threads::max(maximum));
+        all.total = Threads::sum(total * exponential(maximum - finite_or_zero(all.maximum)));
         return all;
     }
 
     __device__ void fold_into(const Statistics& statistics, int64_t row) const {
         Running all{static_cast<A>(statistics.maximum[row]), statistics.total[row]};
-        all.add(max, sum);
-        statistics.maximum[row] = all.max;
-        statistics.total[row] = all.sum;
+        all.add(maximum, total);
+        statistics.maximum[row] = all.maximum;
+        statistics.total[row] = all.total;
     }
 };
 
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(WARP)
     Running<A> running;
     for (int part = static_cast<int>(threadIdx.x); part < parts; part += WARP) {
         const Running<A>& other = of_parts[row * parts + part];
-        running.add(other.max, other.sum);
+        running.add(other.maximum, other.total);
     }
     const Running<A> all = running.template combined<Team<WARP>>();
     if (threadIdx.x == 0) all.fold_into(statistics, row);

@@ -17,7 +17,7 @@ from mopo_kernels.backends.fold import Statistics
 from mopo_kernels.backends.triton import cut
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.cut import CutEngine
-from mopo_kernels.head.plan import Logits, Sizes, plan_for, seconds
+from mopo_kernels.head.plan import HeadSizes, Logits, fits_kept, plan_for, seconds
 from mopo_kernels.head.rates import rates_of
 from mopo_kernels.head.rows import Rows, count, split
 from mopo_kernels.head.tiles import TileEngine
@@ -46,8 +46,13 @@ def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None) -> str
     if rates is None or choice.requested or choice.backend == "reference" or cut.UNAVAILABLE:
         return choice.backend
     rows = slice(0, inputs.hidden.shape[:-1].numel())
-    by_tiles, by_cut = seconds(Sizes.of(inputs, rows), plan_for(inputs, rows, call, "fused"), rates)
+    by_tiles, by_cut = seconds(HeadSizes.of(inputs, rows), plan_for(inputs, rows, call, "fused"), rates)
     return "cut" if by_cut < by_tiles else choice.backend
+
+
+def can_keep(inputs: HeadInputs, call: HeadCall) -> bool:
+    """Whether the engine that the call's backend is can leave the logits for the backward, and has room for them."""
+    return call.backend != "cut" and fits_kept(inputs, call)
 
 
 def make_engine(

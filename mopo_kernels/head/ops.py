@@ -14,8 +14,8 @@ from torch import Tensor
 from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.checks import check_result
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
-from mopo_kernels.head.engines import Engine, fused_gradients, make_engine
-from mopo_kernels.head.plan import accumulate_dtype, compute_dtype, fits_kept, plan_for
+from mopo_kernels.head.engines import Engine, can_keep, fused_gradients, make_engine
+from mopo_kernels.head.plan import accumulate_dtype, compute_dtype, plan_for
 from mopo_kernels.head.rows import Rows, count, rows_that_count
 from mopo_kernels.head.tiles import TileEngine
 
@@ -38,7 +38,7 @@ def _what_to_save(inputs: HeadInputs, call: HeadCall) -> str:
     needs_hidden, needs_weight, needs_bias = call.needs
     if not (needs_weight or needs_bias):
         return "grad_hidden" if needs_hidden else "nothing"
-    return "logits" if call.backend != "cut" and fits_kept(inputs, call) else "nothing"
+    return "logits" if can_keep(inputs, call) else "nothing"
 
 
 @torch.library.custom_op("mopo_kernels::linear_logprob", mutates_args=())

@@ -34,7 +34,7 @@ MIN_RESIDENT_ROWS = 48
 Logits = Literal["fused", "kept", "recompute"]
 
 
-class Sizes(NamedTuple):
+class HeadSizes(NamedTuple):
     """What is planned for."""
 
     rows: int
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
     gathered: bool = True  # only some rows count, and are copied together
 
     @classmethod
-    def of(cls, inputs: HeadInputs, rows: Rows) -> Sizes:
+    def of(cls, inputs: HeadInputs, rows: Rows) -> HeadSizes:
         (vocab, hidden_size), weight = inputs.weight.shape, inputs.weight
         gathered = not isinstance(rows, slice)
         return cls(max(count(rows), 1), hidden_size, vocab, weight.dtype, compute_dtype(weight), gathered)
@@ -93,10 +93,10 @@ def plan_for(inputs: HeadInputs, rows: Rows, call: HeadCall, logits: Logits) -> 
     """The tile engine's blocks for these rows."""
     device = inputs.weight.device
     workspace = call.workspace_bytes or default_workspace(device)
-    return make_plan(Sizes.of(inputs, rows), workspace, logits, cache_of(device, logits))
+    return make_plan(HeadSizes.of(inputs, rows), workspace, logits, cache_of(device, logits))
 
 
-def make_plan(sizes: Sizes, workspace_bytes: int, logits: Logits, cache_bytes: int | None = None) -> Plan:
+def make_plan(sizes: HeadSizes, workspace_bytes: int, logits: Logits, cache_bytes: int | None = None) -> Plan:
     """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
 
     `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
@@ -117,12 +117,12 @@ def make_plan(sizes: Sizes, workspace_bytes: int, logits: Logits, cache_bytes: i
 
 def fits_kept(inputs: HeadInputs, call: HeadCall) -> bool:
     """Whether the logits of all rows fit the workspace beside what the backward needs to use them."""
-    sizes = Sizes.of(inputs, slice(0, len(inputs.target)))._replace(gathered=True)
+    sizes = HeadSizes.of(inputs, slice(0, len(inputs.target)))._replace(gathered=True)
     workspace = call.workspace_bytes or default_workspace(inputs.weight.device)
     return make_plan(sizes, workspace, "kept").workspace <= workspace
 
 
-def seconds(sizes: Sizes, plan: Plan, rates: Rates) -> tuple[float, float]:
+def seconds(sizes: HeadSizes, plan: Plan, rates: Rates) -> tuple[float, float]:
     """The cost model: forward and backward by the tile engine and by the cut kernels, at a GPU's measured rates.
 
     Tiles: the products at 6 or 8·N·H·V; the logits, once written by the product, once read and once written by the
@@ -145,7 +145,7 @@ class _Bytes(NamedTuple):
     logit: int
 
     @classmethod
-    def of(cls, sizes: Sizes) -> _Bytes:
+    def of(cls, sizes: HeadSizes) -> _Bytes:
         accumulate, compute, dtype = accumulate_dtype(sizes.dtype), sizes.compute, sizes.dtype
         panel = 0 if compute == dtype else compute.itemsize
         row = compute.itemsize if sizes.gathered or compute != dtype else 0
@@ -154,7 +154,7 @@ class _Bytes(NamedTuple):
         return cls(sizes.hidden_size * (row + row_sum), sizes.hidden_size * (panel + product), compute.itemsize)
 
 
-def _kept(sizes: Sizes, cost: _Bytes, workspace_bytes: int) -> Plan:
+def _kept(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
     rows, vocab = sizes.rows, sizes.vocab
     column_block = _aligned(workspace_bytes // 8 // (rows * cost.logit + cost.per_column), vocab)
     used = rows * (cost.per_row + vocab * cost.logit) + column_block * (rows * cost.logit + cost.per_column)
@@ -169,7 +169,7 @@ def _cached(plan: Plan, cache_bytes: int | None) -> Plan:
     return replace(plan, column_block=columns)
 
 
-def _streamed(sizes: Sizes, cost: _Bytes, workspace_bytes: int) -> Plan:
+def _streamed(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
     def columns_of(row_block: int) -> int:
         return (workspace_bytes - row_block * cost.per_row) // (row_block * cost.logit + cost.per_column)
 

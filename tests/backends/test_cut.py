@@ -380,11 +380,11 @@ def test_rows_that_begin_behind_2_to_the_31_elements(owner):
 
 
 @triton.jit
-def add_product_kernel(sums, left, right, row, rows, hidden_size, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr):
+def accumulate_product_kernel(sums, left, right, row, rows, hidden_size, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr):
     place = tl.arange(0, BLOCK)
     left = tl.load(left + place[:, None] * BLOCK + place[None, :])
     right_rows = right + place * hidden_size
-    cut_backward.add_product(
+    cut_backward.accumulate_product(
         sums, left, right_rows, place < BLOCK, 1.0, row + place, rows, hidden_size, False, BLOCK_H, "ieee"
     )
 
@@ -393,7 +393,7 @@ def add_product_kernel(sums, left, right, row, rows, hidden_size, BLOCK: tl.cons
 def test_gradients_of_more_than_2_to_the_31_elements():
     vocab, hidden_size = 2**18, 2**14 + 16
     sums, left, right = sparse(vocab * hidden_size, torch.float32), torch.randn(16, 16), torch.randn(16, hidden_size)
-    add_product_kernel[(1,)](
+    accumulate_product_kernel[(1,)](
         sums=sums, left=left, right=right, row=vocab - 10, rows=vocab, hidden_size=hidden_size, BLOCK=16, BLOCK_H=4096
     )
     last = sums.view(vocab, hidden_size)[-10:]

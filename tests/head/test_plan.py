@@ -16,7 +16,7 @@ from mopo_kernels.head.plan import (
     CPU_CACHE,
     CPU_WORKSPACE,
     GPU_WORKSPACE,
-    Sizes,
+    HeadSizes,
     cache_of,
     default_workspace,
     fits_kept,
@@ -38,7 +38,7 @@ def make(
     gathered=True,
     cache=None,
 ):
-    sizes = Sizes(max(rows, 1), hidden_size, vocab, dtype, compute or widened(dtype), gathered)
+    sizes = HeadSizes(max(rows, 1), hidden_size, vocab, dtype, compute or widened(dtype), gathered)
     return make_plan(sizes, workspace, logits, cache)
 
 
@@ -111,7 +111,7 @@ def test_the_cost_model_counts_what_each_engine_does():
     n, h, v = 16384, 4096, 131072
     tiles = make(n, h, v, dtype=torch.bfloat16, compute=torch.bfloat16, workspace=2**29)
     free = Rates(gemm=6e14, copy=math.inf, cut_statistics=6e14, cut_gradients=6e14)
-    sizes = Sizes(n, h, v, torch.bfloat16, torch.bfloat16)
+    sizes = HeadSizes(n, h, v, torch.bfloat16, torch.bfloat16)
     assert seconds(sizes, tiles, free) == pytest.approx((6 * n * h * v / 6e14, 8 * n * h * v / 6e14))
     blocks = math.ceil(n / tiles.row_block)
     moved = 3 * 2 * n * v + 8 * h * v * (blocks - 1)

@@ -42,7 +42,7 @@ def add(sums, x, inside, ATOMIC: tl.constexpr):
 
 
 @triton.jit
-def add_product(
+def accumulate_product(
     sums,  # [rows, H]
     left,  # [BLOCK, BLOCK_OTHER]
     right_rows,  # [BLOCK_OTHER] pointers
@@ -131,12 +131,12 @@ def cut_gradients_kernel(
                 add(grad_bias + column, tl.sum(grad, 0) * unit, inside, ATOMIC)
             left = grad.to(hidden.dtype.element_ty)
             if grad_hidden is not None:
-                add_product(
+                accumulate_product(
                     grad_hidden, left, weight_rows, inside, unit, row, rows, hidden_size, ATOMIC, SUM_H, PRECISION
                 )
             if grad_weight is not None:
                 left = tl.trans(left)
-                add_product(
+                accumulate_product(
                     grad_weight, left, hidden_rows, counts, unit, column, vocab, hidden_size, ATOMIC, SUM_H, PRECISION
                 )
         if not ATOMIC:
