@@ -8,9 +8,26 @@ import itertools
 import math
 
 import torch
-from fold_truth import TRANSFORMS, ULP, exact_fold
+from fold_truth import DTYPES, TRANSFORMS, ULP, exact_fold
+from hypothesis import strategies as st
 
 from mopo_kernels.backends.fold import Statistics, Tile
+
+
+def tile_strategies(*, rows, widths):
+    """What `check_tiles` can be asked of tiles of these widths and at most so many rows, for hypothesis."""
+    return {
+        "rows": st.integers(1, rows),
+        "widths": st.lists(st.sampled_from(widths), min_size=1, max_size=3),
+        "offset": st.integers(0, 17),
+        "padding": st.integers(0, 15),
+        "out_offset": st.one_of(st.none(), st.integers(0, 8)),
+        "dtype": st.sampled_from(DTYPES),
+        "transform": st.sampled_from(TRANSFORMS),
+        "with_bias": st.booleans(),
+        "scale": st.sampled_from([0.1, 1.0, 30.0]),
+        "seed": st.integers(0, 10**6),
+    }
 
 
 def random_tile(rows, columns, dtype, device, *, offset=0, padding=0, scale=1.0, seed=0):
@@ -79,7 +96,7 @@ def check_tiles(fold, device, *, rows, widths, offset, padding, out_offset, dtyp
 def check_accuracy(fold, device, logits, *, relative=2e-6, gradient_relative=2e-5):
     """lse and gradient of plain logits within what is promised for float32."""
     rows, columns = logits.shape
-    target = torch.arange(rows, device=device) * 7919 % columns
+    target = torch.arange(1, rows + 1, device=device) * 7919 % columns
     coefficient = torch.ones(rows, dtype=torch.float64, device=device)
     lse, _, _, gradient = exact_fold(logits, target, coefficient, TRANSFORMS[0], None)
     statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])

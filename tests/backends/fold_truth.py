@@ -7,6 +7,7 @@ import torch
 
 from mopo_kernels.backends.fold import Transform
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TRANSFORMS = [  # plain; all scales at once; with a softcap that bites
     Transform.of(1.0, None),
     Transform.of(0.7, None, 1.5),

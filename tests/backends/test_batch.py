@@ -96,16 +96,19 @@ def assert_same(labels, backend):
 # -------------------------------------------------------------------------------------------------- label statistics
 
 
-@given(
-    seed=st.integers(0, 10**6),
-    sizes=st.lists(st.integers(2, 6), min_size=1, max_size=7),
-    objectives=st.integers(1, 5),
-    kind=st.sampled_from(["uniform", "hard", "equal"]),
-    unlabelled=st.sampled_from([0.0, 0.3, 0.9]),
-    lag=st.booleans(),
-    tau=st.sampled_from([0.08, 0.3, 2.0]),
-    eps=st.sampled_from([0.0, 1e-6, 0.01, 0.15, 1.3, 50.0]),
-)
+LABEL_STRATEGIES = {
+    "seed": st.integers(0, 10**6),
+    "sizes": st.lists(st.integers(2, 6), min_size=1, max_size=7),
+    "objectives": st.integers(1, 5),
+    "kind": st.sampled_from(["uniform", "hard", "equal"]),
+    "unlabelled": st.sampled_from([0.0, 0.3, 0.9]),
+    "lag": st.booleans(),
+    "tau": st.sampled_from([0.08, 0.3, 2.0]),
+    "eps": st.sampled_from([0.0, 1e-6, 0.01, 0.15, 1.3, 50.0]),
+}
+
+
+@given(**LABEL_STRATEGIES)
 @settings(deadline=None, max_examples=30 if torch.cuda.is_available() else 200)  # Triton compiles most examples anew
 def test_label_statistics_are_what_plain_torch_computes(backend, **options):
     assert_same(random_labels(**options, dtypes=FLOATS), backend)

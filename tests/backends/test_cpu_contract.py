@@ -5,10 +5,10 @@ import math
 import fold_contract
 import pytest
 import torch
-from fold_truth import TRANSFORMS
+from fold_truth import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fold import DTYPES, ISAS, isa
+from test_fold import ISAS, isa
 
 from mopo_kernels.backends.fold import Statistics, Tile, Transform
 from mopo_kernels.backends.native import cpu
@@ -18,19 +18,7 @@ __all__ = ["isa"]  # a fixture
 
 
 @settings(max_examples=120, deadline=None)
-@given(
-    rows=st.integers(1, 5),
-    widths=st.lists(st.sampled_from([1, 7, 8, 16, 17, 100, 1025]), min_size=1, max_size=3),
-    offset=st.integers(0, 17),
-    padding=st.integers(0, 5),
-    out_offset=st.one_of(st.none(), st.integers(0, 3)),
-    dtype=st.sampled_from(DTYPES),
-    transform=st.sampled_from(TRANSFORMS),
-    with_bias=st.booleans(),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-    name=st.sampled_from(ISAS),
-    seed=st.integers(0, 10**6),
-)
+@given(name=st.sampled_from(ISAS), **fold_contract.tile_strategies(rows=5, widths=[1, 7, 8, 16, 17, 100, 1025]))
 def test_ragged_tiles_at_any_alignment_in_place_and_beside(name, **case):
     if not cpu.module.isa_supported(name):
         return

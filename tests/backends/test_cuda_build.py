@@ -23,10 +23,8 @@ import pytest
 import test_batch
 import torch
 from fold_contract import fold_statistics, random_tile
-from fold_truth import TRANSFORMS, exact_fold, sparse
+from fold_truth import DTYPES, TRANSFORMS, exact_fold, sparse
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_fold import DTYPES
 
 from bench.gpu import cuda_report
 from mopo_kernels import backends
@@ -88,18 +86,7 @@ def in_every_order(monkeypatch, run):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    rows=st.integers(1, 5),
-    widths=st.lists(
-        st.sampled_from([1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 1000, 4095, 4097, 8193]), min_size=1, max_size=3
-    ),
-    offset=st.integers(0, 9),
-    padding=st.integers(0, 9),
-    out_offset=st.one_of(st.none(), st.integers(0, 8)),
-    dtype=st.sampled_from(DTYPES),
-    transform=st.sampled_from(TRANSFORMS),
-    with_bias=st.booleans(),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-    seed=st.integers(0, 10**6),
+    **fold_contract.tile_strategies(rows=5, widths=[1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 1000, 4095, 4097, 8193]),
 )
 def test_ragged_tiles_at_any_alignment(emulated, **case):
     fold_contract.check_tiles(emulated, "cpu", **case)
@@ -233,15 +220,7 @@ def test_sums_of_sequences_2_to_the_33_apart(emulated):
 # ------------------------------------------------------------------------------------------------------------- batch
 
 
-@given(
-    seed=st.integers(0, 10**6),
-    sizes=st.lists(st.integers(2, 6), min_size=1, max_size=7),
-    objectives=st.integers(1, 5),
-    kind=st.sampled_from(["uniform", "hard", "equal"]),
-    unlabelled=st.sampled_from([0.0, 0.3, 0.9]),
-    lag=st.booleans(),
-    eps=st.sampled_from([0.0, 1e-6, 0.01, 0.15, 1.3, 50.0]),
-)
+@given(**test_batch.LABEL_STRATEGIES)
 @settings(deadline=None, max_examples=60)
 def test_label_statistics_are_what_plain_torch_computes(emulated, **options):
     test_batch.assert_same(test_batch.random_labels(**options, dtypes=test_batch.FLOATS), "cpu")

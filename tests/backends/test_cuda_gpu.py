@@ -8,12 +8,10 @@ import fold_contract
 import pytest
 import torch
 from fold_contract import fold_statistics, random_tile
-from fold_truth import TRANSFORMS, exact_fold
+from fold_truth import DTYPES, TRANSFORMS, exact_fold
 from golden_cases import golden, tensor
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_batch import SUMS
-from test_fold import DTYPES
 
 from mopo_kernels.backends import reference
 from mopo_kernels.backends.fold import Tile
@@ -36,18 +34,7 @@ def needs_memory(size):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    rows=st.integers(1, 9),
-    widths=st.lists(
-        st.sampled_from([1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 1000, 4095, 4097, 8193, 50257]), min_size=1, max_size=3
-    ),
-    offset=st.integers(0, 9),
-    padding=st.integers(0, 9),
-    out_offset=st.one_of(st.none(), st.integers(0, 8)),
-    dtype=st.sampled_from(DTYPES),
-    transform=st.sampled_from(TRANSFORMS),
-    with_bias=st.booleans(),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
-    seed=st.integers(0, 10**6),
+    **fold_contract.tile_strategies(rows=9, widths=[1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 1000, 4095, 4097, 8193, 50257]),
 )
 def test_ragged_tiles_at_any_alignment(**case):
     fold_contract.check_tiles(cuda, "cuda", **case)

@@ -13,7 +13,6 @@ from mopo_kernels.backends.native import cpu
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
 
 ISAS = ["portable", "avx2", "avx512"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(params=ISAS)

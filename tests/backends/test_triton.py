@@ -1,22 +1,21 @@
 """The fold and batch kernels in Triton against float64 torch, interpreted or on a GPU.
 
-Tiles are parts of wider tensors of NaN, at any column, so that rows begin at any alignment; outputs hold NaN before
-they are written. Rows have several programs, and programs several blocks.
+The checks of fold_contract.py, where rows have several programs and programs several blocks, and what is Triton's own.
 """
 
-import itertools
 import math
 from unittest import mock
 
+import fold_contract
 import pytest
 import torch
-from fold_truth import TRANSFORMS, ULP, exact_fold, sparse
+from fold_truth import DTYPES, TRANSFORMS, exact_fold, sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mopo_kernels.backends import triton as backend
 from mopo_kernels.backends.batch import Labels, LabelValues
-from mopo_kernels.backends.fold import Statistics, Tile
+from mopo_kernels.backends.fold import Statistics
 
 if backend.UNAVAILABLE:
     pytest.skip(backend.UNAVAILABLE, allow_module_level=True)
@@ -29,7 +28,6 @@ from mopo_kernels.backends.triton import fold as triton_fold
 from mopo_kernels.backends.triton.transform import tanh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BLOCK = {dtype: triton_fold.BLOCK_BYTES // max(4, dtype.itemsize) for dtype in DTYPES}  # columns
 PLAIN, SCALED, CAPPED = TRANSFORMS
 PROGRAMS = [1, 3, 4096]  # wanted in all: one per row, which loops over its blocks; some; one per block
@@ -56,68 +54,20 @@ def per_row(*values):
     return torch.tensor(values, device=DEVICE, dtype=torch.int64 if type(values[0]) is int else torch.float64)
 
 
-def tiles_of(logits, target, transform, widths, bias=None):
-    """Tiles of these widths, side by side, and the columns of each."""
-    assert sum(widths) == logits.shape[1]
-    for first, last in itertools.pairwise(itertools.accumulate(widths, initial=0)):
-        part = None if bias is None else bias[first:last]
-        yield Tile(logits[:, first:last], target, transform, first, part), slice(first, last)
+def statistics_of(logits, target, transform, widths):
+    return fold_contract.fold_statistics(backend, logits, target, transform, None, widths)
 
 
-def statistics_of(*tiles_and_options):
-    """Of all tiles, the last one first."""
-    logits, target, *_ = tiles_and_options
-    statistics = Statistics.start(len(target), logits.device)
-    for tile, _ in reversed(list(tiles_of(*tiles_and_options))):
-        backend.fold_statistics(tile, statistics)
-    return statistics
-
-
-def write_gradient(out, lse, coefficient, *tiles_and_options):
-    for tile, columns in tiles_of(*tiles_and_options):
-        backend.fold_gradient(tile, lse, coefficient, out[:, columns])
-
-
-def random_tile(rows, columns, dtype, *, offset=0, padding=0, scale=1.0, seed=0):
-    """Logits, and the tensor of NaN around them."""
-    generator = torch.Generator().manual_seed(seed)
-    around = torch.full((rows, offset + columns + padding), math.nan, dtype=dtype, device=DEVICE)
-    logits = around[:, offset : offset + columns]
-    logits.copy_(torch.randn(rows, columns, generator=generator) * scale)
-    return logits, around
+def write_gradient(out, lse, coefficient, logits, target, transform, widths):
+    fold_contract.fold_gradient(backend, logits, target, lse, coefficient, transform, None, widths, out)
 
 
 def check_tiles(rows, widths, offset, padding, out_offset, dtype, transform, with_bias=True, scale=1.0, seed=0):
-    """Statistics and gradient of ragged tiles; in place if `out_offset` is None."""
-    columns = sum(widths)
-    logits, around = random_tile(rows, columns, dtype, offset=offset, padding=padding, scale=scale, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    target = torch.randint(0, columns, (rows,), generator=generator).to(DEVICE)
-    coefficient = torch.randn(rows, generator=generator, dtype=torch.float64).to(DEVICE)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    bias = torch.randn(columns, generator=generator).to(DEVICE, work) if with_bias else None
-    lse, chosen, p, gradient = exact_fold(logits, target, coefficient, transform, bias)
-
-    # Arithmetic of a handful of roundings on values of the size of z; p feels the rounding of z absolutely.
-    largest = (chosen.abs().max() + lse.abs().max() + 1).item()
-    rounding = ULP[work] * 4 * largest * max(1, transform.inner * transform.outer)
-    statistics = statistics_of(logits, target, transform, widths, bias)
-    torch.testing.assert_close(statistics.lse, lse, rtol=0, atol=rounding)
-    torch.testing.assert_close(statistics.chosen, chosen, rtol=0, atol=rounding)
-
-    before, out, out_around = logits.clone(), logits, around
-    if out_offset is not None:
-        out_around = torch.full((rows, out_offset + columns + 1), math.nan, dtype=dtype, device=DEVICE)
-        out = out_around[:, out_offset : out_offset + columns]
-    write_gradient(out, lse, coefficient, logits, target, transform, widths, bias)
-    slope = coefficient.abs()[:, None] * transform.inner * transform.outer
-    bound = slope * (p + 1e-30) * rounding * 2 + gradient.abs() * ULP[dtype]
-    bound += slope * rounding * (gradient != 0)
-    bound += torch.finfo(dtype).tiny * 2  # results below the smallest normal number
-    assert ((out.double() - gradient).abs() <= bound).all()
-    assert out_offset is None or torch.equal(logits, before)
-    out.fill_(math.nan)
-    assert out_around.isnan().all()
+    options = {"with_bias": with_bias, "scale": scale, "seed": seed}
+    places = {"offset": offset, "padding": padding, "out_offset": out_offset}
+    fold_contract.check_tiles(
+        backend, DEVICE, rows=rows, widths=widths, dtype=dtype, transform=transform, **places, **options
+    )
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
@@ -140,17 +90,8 @@ def test_ragged_tiles_at_any_alignment(programs, case):
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
-    rows=st.integers(1, 3),
-    widths=st.lists(st.sampled_from([1, 2, 7, 17, 1000, 4095, 8193, 20000]), min_size=1, max_size=3),
-    offset=st.sampled_from([0, 1, 9, 16]),
-    padding=st.sampled_from([0, 1, 15]),
-    out_offset=st.one_of(st.none(), st.integers(0, 3)),
-    dtype=st.sampled_from(DTYPES),
-    transform=st.sampled_from(TRANSFORMS),
-    with_bias=st.booleans(),
-    scale=st.sampled_from([0.1, 1.0, 30.0]),
     programs=st.sampled_from(PROGRAMS),
-    seed=st.integers(0, 10**6),
+    **fold_contract.tile_strategies(rows=3, widths=[1, 2, 7, 17, 1000, 4095, 8193, 20000]),
 )
 def test_many_ragged_tiles(programs, **case):
     with wanting(programs):
@@ -178,32 +119,12 @@ def test_around_a_whole_number_of_blocks(dtype, programs, around):
     ],
 )
 def test_accuracy_that_is_promised_for_float32(logits, programs):
-    logits, target = logits.to(DEVICE), per_row(7919)
-    lse, _, _, gradient = exact_fold(logits, target, per_row(1.0), PLAIN)
-    out = torch.full_like(logits, math.nan)
     with wanting(programs):
-        statistics = statistics_of(logits, target, PLAIN, [logits.shape[1]])
-        write_gradient(out, statistics.lse, per_row(1.0), logits, target, PLAIN, [logits.shape[1]])
-    assert ((statistics.lse - lse).abs() / lse.abs()).max() <= 2e-6
-    assert (out.double() - gradient).norm() / gradient.norm() <= 2e-5
+        fold_contract.check_accuracy(backend, DEVICE, logits.to(DEVICE))
 
 
 def test_masked_vocabulary_and_huge_logits():
-    """−inf has probability 0, also in whole tiles and before the first finite logit; 1e30 does not overflow."""
-    logits = torch.full((4, 40), -math.inf)
-    logits[0, 35] = 1.0
-    logits[1, :] = torch.randn(40)
-    logits[2, 5], logits[2, 30] = 1e30, -1e30
-    logits[3, 2:4] = -12345.25
-    p = logits.double().softmax(-1)
-    expected = torch.tensor([0.0, p[1, 3].log(), 0.0, math.log(0.5)], dtype=torch.float64)
-    logits, target = logits.to(DEVICE), per_row(35, 3, 5, 2)
-    onehot = torch.zeros_like(p).scatter(1, target.cpu()[:, None], 1.0)
-
-    statistics = statistics_of(logits, target, PLAIN, [16, 16, 8])
-    torch.testing.assert_close(statistics.logp.cpu(), expected, atol=1e-6, rtol=0)
-    write_gradient(logits, statistics.lse, torch.ones_like(statistics.lse), logits, target, PLAIN, [16, 16, 8])
-    torch.testing.assert_close(logits.double().cpu(), onehot - p, atol=1e-6, rtol=0)
+    fold_contract.check_special_logits(backend, DEVICE)
 
 
 def test_a_row_that_is_masked_as_a_whole_has_no_mass():
@@ -217,10 +138,8 @@ def test_a_row_that_is_masked_as_a_whole_has_no_mass():
 @pytest.mark.parametrize("programs", [1, 4096])
 def test_nan_and_infinity_are_not_swallowed(bad, programs):
     for column in (0, 4100, 9000):
-        logits = torch.full((1, 9001), -math.inf, device=DEVICE)
-        logits[0, column] = bad
         with wanting(programs):
-            assert statistics_of(logits, per_row(3), PLAIN, [9001]).logp.isnan().all()
+            fold_contract.check_bad_logits(backend, DEVICE, bad, column, 9001)
 
 
 @pytest.mark.parametrize("columns", [19, 9001])
@@ -248,7 +167,7 @@ def test_zero_rows_and_zero_columns():
 
 @pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(x, marks=pytest.mark.slow) for x in DTYPES[1:])])
 def test_in_place_or_elsewhere_and_each_time_the_bits_are_the_same(dtype):
-    logits, _ = random_tile(3, 5011, dtype, offset=1)
+    logits, _ = fold_contract.random_tile(3, 5011, dtype, DEVICE, offset=1)
     target, ones = per_row(3, 8, 4001), per_row(1.0, 1.0, 1.0)
 
     def run(out):
