@@ -16,8 +16,8 @@ multipliers λ and lag ratios ω (1 where none are given), with G groups and G_k
                   one response, a multiplier that is negative or not finite, one that is not 1 at the primary, or a lag
                   ratio that is not finite
 
-Arithmetic and sums are float64, in an order that depends on shapes only. Every backend of the two is a module with
-these functions.
+Arithmetic and sums are float64, in an order that depends on shapes only. Every backend of the
+two has these functions.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LabelValues(NamedTuple):
 
 
 class Batch(Protocol):
-    """A backend module for what is done over the batch."""
+    """A backend of what is done over the batch."""
 
     def sequence_sums(
         self,

@@ -12,7 +12,7 @@ so that lse = maximum + log total, logp = chosen − lse, and `out` is ∂(Σ co
 products that give the gradients of hidden and weight; it may be the tile itself. Rows of negative target are not read
 by fold_statistics; rows of coefficient 0 become 0 whatever they held; −inf logits have probability 0; NaN and +inf give
 NaN. Arithmetic is float32 or better for tiles of 16 and 32 bits, float64 for float64; statistics are kept in float64.
-Every backend with a tile engine is a module with these functions.
+Every backend with a tile engine has these functions.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Statistics(NamedTuple):
 
 
 class Fold(Protocol):
-    """A backend module of the tile engine."""
+    """A backend of the tile engine."""
 
     UNAVAILABLE: str  # why this backend cannot run here, "" if it can
 
