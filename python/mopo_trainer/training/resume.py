@@ -25,7 +25,7 @@ class RunState(NamedTuple):
     """What a run knows beside model and optimizer."""
 
     dual: dict[str, Tensor]
-    reference: dict[str, Tensor]  # log-probs [M]: train, eval of π_ref0; lag of π_lag; now, the next lag
+    reference: dict[str, Tensor]  # log-probs [M]: train, eval.FINGERPRINT of π_ref0; lag of π_lag; now, the next lag
 
     def write(self, checkpoint: Path) -> None:
         named = {f"dual.{name}": value for name, value in self.dual.items()}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -26,17 +25,24 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from mopo_kernels import MOPODual, MOPOOutput, mopo_objective
+from mopo_kernels import MOPODual, MOPOOutput
 from mopo_kernels.loss import policy_loss
-from mopo_trainer.data import objectives, to_groups
+from mopo_trainer.data import objectives
 from mopo_trainer.data.packing import GroupBatch, collate
-from mopo_trainer.data.scorers import load_scorers
-from mopo_trainer.data.tokens import TokenizedGroups, tokenize_groups
+from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.files import atomic_path
 from mopo_trainer.names import it_has
-from mopo_trainer.report.evaluate import label_win_rates
 from mopo_trainer.training.callbacks import DualCallback
 from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.datasets import read_groups, tokenize
+from mopo_trainer.training.evaluation import (
+    EvalGroups,
+    by_prefix,
+    check_best_metric,
+    datasets_of,
+    eval_metrics,
+    read_eval_groups,
+)
 from mopo_trainer.training.head import LMHead, response_hidden_states
 from mopo_trainer.training.reference import parameters_fingerprint, response_logps
 from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
@@ -49,7 +55,9 @@ class MOPOTrainer(Trainer):
     Args:
         model: a causal LM, a peft model, or a name or path to load.
         args: MOPOConfig; `primary` must be set.
-        train_dataset, eval_dataset: rows in any format that `mopo_trainer.data.to_groups` reads.
+        train_dataset, eval_dataset: rows in any format that `mopo_trainer.data.to_groups` reads, in any container that
+            `read_rows` takes (Dataset, stream, table, path …); of a DatasetDict `train` is trained on. {name: rows} as
+            eval_dataset are evaluated each under its name: eval_NAME_loss, eval_NAME_win_rate/…
         processing_class: the tokenizer; loaded from the model's path if absent.
         peft_config: wraps the model in an adapter; the reference policy is then the model with the adapter off.
             Without an adapter the reference is the model as it stands when training starts.
@@ -68,8 +76,8 @@ class MOPOTrainer(Trainer):
         self,
         model: str | PreTrainedModel,
         args: MOPOConfig,
-        train_dataset: Dataset | Sequence[Mapping[str, Any]],
-        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        train_dataset: Any,
+        eval_dataset: Any | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -83,16 +91,19 @@ class MOPOTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
         LMHead.of(model)
-        groups = _read(train_dataset, args)
+        groups = read_groups(train_dataset, "train_dataset", args)
         names = _objective_order(objectives(groups), args)
-        self.train_groups = _tokenize(groups, names, tokenizer, args)
+        self.train_groups = tokenize(groups, names, tokenizer, args)
         _check_min_weight(self.train_groups, args)
-        self.eval_groups: TokenizedGroups | None = None
+        self.eval_groups: EvalGroups | None = None
         if eval_dataset is not None:
-            self.eval_groups = _tokenize(_read(eval_dataset, args), names, tokenizer, args)
+            self.eval_groups = read_eval_groups(eval_dataset, names, tokenizer, args)
+        check_best_metric(args, self.eval_groups, names)
         self.dual = _dual(names, args)
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.reference: dict[str, Tensor] = {}  # log-probs [M]: train, eval of π_ref0; lag of π_lag; now, the next lag
+        self.reference: dict[
+            str, Tensor
+        ] = {}  # log-probs [M]: train, eval.… of π_ref0; lag of π_lag; now, the next lag
         self._resumed = False
         self.record = StepRecord()
         self._staging: Path | None = None
@@ -101,7 +112,7 @@ class MOPOTrainer(Trainer):
             args=args,
             data_collator=collate,
             train_dataset=self.train_groups.dataset,
-            eval_dataset=self.eval_groups.dataset if self.eval_groups else None,
+            eval_dataset=datasets_of(self.eval_groups),
             processing_class=tokenizer,
             callbacks=[DualCallback(self), *(callbacks or [])],
             optimizers=optimizers,
@@ -168,12 +179,14 @@ class MOPOTrainer(Trainer):
 
     def start_dual(self) -> None:
         """Before the first step: reference log-probs where the run needs them, then the multipliers on all labels."""
+        if not self._resumed:
+            self.reference = {}
+        for prefix, groups in by_prefix(self.eval_groups, "eval").items():
+            self._eval_reference(groups, prefix)
         if self._resumed:
             return
         if self._needs_reference():
             self.reference["train"] = self._initial_logps(self.train_groups, "train")
-        if self.eval_groups is not None:
-            self.reference["eval"] = self._initial_logps(self.eval_groups, "eval")
         self.dual.refresh(self.train_groups.win_rate, self.train_groups.group)
 
     def step_dual(self) -> None:
@@ -230,50 +243,46 @@ class MOPOTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Any | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss, and what the policy's log-probs imply about the labels (`report.evaluate.label_win_rates`).
 
-        Both against the initial policy, after a lag refresh too.
+        Both against the initial policy, after a lag refresh too. `eval_dataset` is what the trainer takes under this
+        name, or the name of one of its sets; several sets are logged each for itself.
 
         Returns:
-            {prefix}_loss, and per objective {prefix}_win_rate/NAME and {prefix}_agreement/NAME.
+            {prefix}_loss, and per objective {prefix}_win_rate/NAME and {prefix}_agreement/NAME; of a set among several
+            with the prefix {prefix}_SET.
 
         Raises:
             ValueError: no data; or, once a run without an adapter has moved the weights, data that were not given when
                 the trainer was made: nothing is left to measure the policy against.
         """
-        groups, reference = self.eval_groups, self.reference.get("eval")
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            rows = _read(eval_dataset, self.args)
-            groups, reference = _tokenize(rows, self.dual.objectives, self.processing_class, self.args), None
-        if groups is None:
+        given = self.eval_groups
+        if isinstance(eval_dataset, str) and isinstance(given, dict) and eval_dataset in given:
+            given = given[eval_dataset]
+        elif eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            given = read_eval_groups(eval_dataset, self.dual.objectives, self.processing_class, self.args)
+        if given is None:
             raise ValueError("evaluate needs an eval_dataset, here or when the trainer is made")
-        if reference is None:
-            reference = self._initial_logps(groups, metric_key_prefix)
-            if groups is self.eval_groups:
-                self.reference["eval"] = reference
-        logp = self._response_logps(groups, description="Evaluation")
-        output = mopo_objective(
-            logp,
-            groups.win_rate,
-            groups.group,
-            self.dual.multipliers,
-            tau=self.args.tau,
-            ref_logp=reference,
-            policy_step=self.args.policy_step,
-        )
-        metrics = {f"{metric_key_prefix}_loss": output.loss.item()}
-        implied = label_win_rates(logp, reference, groups.win_rate, groups.group, self.dual.objectives)
-        for name, found in implied.items():
-            metrics[f"{metric_key_prefix}_win_rate/{name}"] = found["win_rate"].mean
-            if found["agreement"] is not None:
-                metrics[f"{metric_key_prefix}_agreement/{name}"] = found["agreement"].mean
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        metrics: dict[str, float] = {}
+        for prefix, groups in by_prefix(given, metric_key_prefix).items():
+            reference = self._eval_reference(groups, prefix)
+            logp = self._response_logps(groups, description="Evaluation")
+            found = eval_metrics(groups, logp, reference, dual=self.dual, args=self.args, prefix=prefix)
+            self.log(dict(found))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            metrics |= found
         return metrics
+
+    def _eval_reference(self, groups: TokenizedGroups, prefix: str) -> Tensor:
+        """log π_ref0 of held-out responses, kept under their fingerprint: a resumed run may bring others."""
+        key = f"eval.{groups.fingerprint()[:16]}"
+        if key not in self.reference:
+            self.reference[key] = self._initial_logps(groups, prefix)
+        return self.reference[key]
 
     # ------------------------------------------------------------------------------------------------- logging
 
@@ -349,21 +358,6 @@ def _as_tokens(inputs: dict[str, GroupBatch]) -> dict[str, Tensor]:
     """A batch as transformers.Trainer counts tokens in it."""
     ids = inputs["batch"].sequences.ids
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _read(rows: Dataset | Sequence[Mapping[str, Any]], args: MOPOConfig) -> Dataset:
-    return to_groups(rows, scorers=load_scorers(args.scorers or []), rating_scale=args.rating_scale)
-
-
-def _tokenize(groups: Dataset, names: Sequence[str], tokenizer: Any, args: MOPOConfig) -> TokenizedGroups:
-    return tokenize_groups(
-        groups,
-        names,
-        tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        as_chat=args.as_chat,
-    )
 
 
 def _objective_order(names: Sequence[str], args: MOPOConfig) -> list[str]:
