@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -19,6 +20,8 @@ from mopo_trainer.data.scorers import Scorer
 from mopo_trainer.data.sources import DataError, one_line
 from mopo_trainer.data.texts import Text, plain_text
 from mopo_trainer.names import it_has
+
+logger = logging.getLogger(__name__)
 
 FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
@@ -43,6 +46,23 @@ class Group(NamedTuple):
     prompt: Text
     responses: list[Text]  # n >= 2
     labels: dict[str, Label | None]  # by objective, None where unlabelled
+
+
+def tie_equal_responses(groups: list[Group]) -> list[Group]:
+    """Groups of two responses that are the same are ties in all that they are labelled for; said once."""
+    equal = [number for number, group in enumerate(groups) if group.responses[1:] == group.responses[:1]]
+    tie = Label("comparisons", [(0, 1, 0.5)])
+    labelled = 0
+    for number in equal:
+        known = {
+            name for name, label in groups[number].labels.items() if label and None not in (label.values or [None])
+        }
+        labelled += bool(known)
+        labels = {name: tie if name in known else label for name, label in groups[number].labels.items()}
+        groups[number] = groups[number]._replace(labels=labels)
+    if labelled:
+        logger.warning("%d of %d pairs have the same text twice: counted as ties", labelled, len(groups))
+    return groups
 
 
 def win_rates(groups: list[Group], scorers: Mapping[str, Scorer], rating_scale: float | None) -> dict[str, FloatArray]:

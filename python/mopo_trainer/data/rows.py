@@ -23,7 +23,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from mopo_trainer.data.adapters import adapt, has
-from mopo_trainer.data.labels import FORMATS, FloatArray, Group, Label, win_rates
+from mopo_trainer.data.adapters.dialogues import replies_to
+from mopo_trainer.data.labels import FORMATS, FloatArray, Group, Label, tie_equal_responses, win_rates
 from mopo_trainer.data.scorers import Scorer
 from mopo_trainer.data.sources import DataError
 from mopo_trainer.data.texts import Text, without_nulls
@@ -50,7 +51,7 @@ def to_groups(
     Args:
         scorers: {objective: function of (prompt, response)}: objectives to compute from the text, ties 1/2.
         rating_scale: ratings become P(i beats j) = sigmoid((r_i - r_j) / rating_scale); None: 1, 1/2 (tie) or 0.
-        adapter: which public data set the rows come from (`data/adapters.py`); None recognises it by its columns,
+        adapter: which public data set the rows come from (`data/adapters`); None recognises it by its columns,
             "none" looks for none.
         preferred: the objective that chosen beats rejected on, in rows without `preference`.
 
@@ -73,7 +74,7 @@ def to_groups(
 def _read_groups(rows: list[Mapping[str, Any]], adapter: str | None, preferred: str) -> list[Group]:
     groups: list[Group] = []
     left_out: Counter[str] = Counter()
-    for index, row in adapt(rows, adapter):
+    for index, row in adapt(rows, adapter, preferred):
         if isinstance(row, str):
             left_out[row] += 1
             continue
@@ -90,7 +91,7 @@ def _read_groups(rows: list[Mapping[str, Any]], adapter: str | None, preferred: 
         logger.warning(
             "%d of %d rows or prompts left out: %s", left_out.total(), left_out.total() + len(groups), reasons
         )
-    return groups
+    return tie_equal_responses(groups)
 
 
 def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
@@ -128,6 +129,7 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
         raise DataError(f"`responses` is {_shown(responses)}; a group needs a list of at least two responses")
     prompt = _read_text("prompt", prompt)
     responses = [_read_text(f"response {index}", response) for index, response in enumerate(responses)]
+    responses = replies_to(prompt, responses)
     if any(isinstance(response, str) != isinstance(prompt, str) for response in responses):
         raise DataError("the prompt and the responses mix plain text and messages; write all of them the same way")
     return prompt, responses
@@ -141,6 +143,8 @@ def _split_shared_prompt(pair: list[Any]) -> tuple[list[Any] | None, list[Any]]:
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:
         shared += 1
+    if first == second and first and first[-1].get("role") == "assistant":  # the same reply twice
+        shared -= 1
     return first[:shared] or None, [first[shared:], second[shared:]]
 
 

@@ -1,0 +1,214 @@
+"""Public preference data sets recognised by their columns and rewritten as rows that `mopo_trainer.data` accepts.
+
+To add one: write a function that is true of its rows alone, and one that rewrites a row (or all rows of one prompt)
+in an accepted format or raises `Unusable`; then list both in ADAPTERS.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mopo_trainer.data.adapters import pairs, rated, verdicts
+from mopo_trainer.data.adapters.dialogues import SYSTEM_COLUMNS, Row, Unusable, as_chat, is_chat, system_of, with_system
+from mopo_trainer.data.adapters.refused import MEDIA, refusal
+from mopo_trainer.data.sources import DataError, one_line
+
+__all__ = ["ADAPTERS", "Adapter", "adapt", "has"]
+
+logger = logging.getLogger(__name__)
+
+Adapted = tuple[int, Row | str]  # row index, row in an accepted format or why it is left out
+
+ROWS_LOOKED_AT = 1000  # by which at least one row must have all the columns of its data set
+SHAPE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One data set: `recognises` is true of its rows alone, `convert` rewrites a row, or all rows of one prompt."""
+
+    name: str
+    recognises: Callable[[Row], bool]
+    convert: Callable[[Any], Row]
+    by_prompt: bool = False
+    reads: Callable[[Row], bool] | None = None  # rows that it takes when asked for by name; None: what it recognises
+
+
+ADAPTERS = (
+    Adapter("hh-rlhf", pairs.is_hh_pair, pairs.convert_pair),
+    Adapter("pku-saferlhf", verdicts.PKU.recognises, verdicts.PKU.convert, reads=verdicts.PKU.reads),
+    Adapter("ultrafeedback-binarized", pairs.is_scored_pair, pairs.convert_pair),
+    Adapter("sharegpt-pairs", pairs.is_sharegpt_pair, pairs.convert_pair),
+    Adapter("instruction-pairs", pairs.is_instruction_pair, pairs.convert_pair),
+    Adapter("dialogue-pairs", pairs.is_dialogue_pair, pairs.convert_pair),
+    Adapter("pku-saferlhf-single-dimension", verdicts.is_single_dimension, verdicts.SINGLE_DIMENSION.convert),
+    *(Adapter(verdict.name, verdict.recognises, verdict.convert) for verdict in verdicts.VERDICTS),
+    Adapter("arena", verdicts.is_arena, verdicts.convert_arena),
+    Adapter("arena-responses", verdicts.is_arena_responses, verdicts.convert_arena_responses),
+    Adapter("webgpt", verdicts.is_webgpt, verdicts.convert_webgpt),
+    Adapter("summarize-from-feedback", verdicts.is_summary_comparison, verdicts.convert_summary_comparison),
+    Adapter("ultrafeedback", rated.is_ultrafeedback, rated.convert_ultrafeedback),
+    Adapter("distilabel", rated.is_distilabel, rated.convert_distilabel),
+    Adapter("nectar", rated.is_nectar, rated.convert_nectar),
+    Adapter("helpsteer", rated.is_helpsteer, rated.convert_helpsteer, by_prompt=True),
+    Adapter("beavertails", rated.is_beavertails, rated.convert_beavertails, by_prompt=True),
+)
+
+
+def adapt(rows: list[Row], adapter: str | None = None, preferred: str = "preferred") -> Iterable[Adapted]:
+    """Rewrite `rows` by the adapter of that name, or by the one that recognises them if None; "none" keeps them.
+
+    A column `system` or `system_prompt` becomes the first message. `preferred` is the objective of data that say which
+    reply is better and not in what.
+
+    Raises:
+        DataError: no adapter of that name, a row of another data set than the first, or rows that hold no comparison.
+    """
+    if adapter == "none":
+        return enumerate(rows)
+    names = [known.name for known in ADAPTERS]
+    if adapter is not None and adapter not in names:
+        raise DataError(f"adapter={adapter!r}: no such adapter; give one of {', '.join(names)}, none")
+    known = _recognise(rows) if adapter is None else ADAPTERS[names.index(adapter)]
+    if known and known.reads and adapter:
+        known = replace(known, recognises=known.reads)
+    columns = set().union(*rows)
+    _refuse_media(rows, columns)
+    adapted: Iterable[Adapted] = _convert(rows, known) if known else enumerate(rows)
+    if preferred != "preferred" and known:
+        adapted = ((index, _renamed(row, preferred)) for index, row in adapted)
+    systems: dict[int, str] = {}
+    if columns.intersection(SYSTEM_COLUMNS):
+        systems = {index: text for index, row in enumerate(rows) if (text := system_of(row))}
+    return _in_one_form(adapted, systems, known)
+
+
+def has(row: Row, *columns: str) -> bool:
+    """Whether every one of `columns` holds a value in this row."""
+    return all(row.get(column) is not None for column in columns)
+
+
+def _is_labelled(row: Row) -> bool:
+    """Whether the row has labels in a format of ours, so that no adapter should touch it."""
+    return any(isinstance(row.get(column), Mapping) for column in ("preference", "ratings", "comparisons", "win_rate"))
+
+
+def _is_ours(row: Row) -> bool:
+    return has(row, "chosen", "rejected") or has(row, "response_0", "response_1") or has(row, "responses")
+
+
+def _recognise(rows: list[Row]) -> Adapter | None:
+    """The adapter of the first row that has one, if none before it is in a format of ours."""
+    for row in rows[:ROWS_LOOKED_AT]:
+        if _is_labelled(row):
+            return None
+        for known in ADAPTERS:
+            if known.recognises(row):
+                return known
+        if _is_ours(row):
+            return None
+    reason = refusal(rows[0])
+    if reason:
+        raise DataError(f"row 0: {reason} (columns: {_columns(rows[0])})")
+    return None
+
+
+def _refuse_media(rows: list[Row], columns: set[str]) -> None:
+    for column in columns.intersection(MEDIA):
+        for index, row in enumerate(rows):
+            if row.get(column) not in (None, "", []):
+                raise DataError(
+                    f"row {index}: the column `{column}` holds what the replies are about, and only text is read; "
+                    "remove the column if the text makes sense alone, or give adapter='none' to leave it unread"
+                )
+
+
+def _convert(rows: list[Row], adapter: Adapter) -> Iterator[Adapted]:
+    recognised = [adapter.recognises(row) for row in rows]
+    whole = next((row for row, known in zip(rows, recognised, strict=True) if known), None)
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        if not recognised[index]:
+            yield index, _missing(index, row, whole, adapter)
+        elif adapter.by_prompt:
+            groups.setdefault((row["prompt"], system_of(row)), []).append(index)
+        else:
+            yield index, _converted(index, row, adapter)
+    for indices in groups.values():
+        yield indices[0], _converted(indices[0], [rows[index] for index in indices], adapter)
+
+
+def _converted(index: int, given: Row | list[Row], adapter: Adapter) -> Row | str:
+    try:
+        return adapter.convert(given)
+    except Unusable as reason:
+        return str(reason)
+    except SHAPE_ERRORS as error:
+        raise DataError(
+            f"row {index}: not of the shape that rows of {adapter.name} have ({type(error).__name__}: "
+            f"{one_line(error)}); mend it, or give adapter='none' if the data only looks like them"
+        ) from error
+
+
+def _missing(index: int, row: Row, whole: Row | None, adapter: Adapter) -> str:
+    """Why a row that is not recognised is left out: values that other rows have are missing in it."""
+    if whole is None or any(has(row, column) and not has(whole, column) for column in row):
+        raise DataError(
+            f"row {index}: columns {_columns(row)} are not those of {adapter.name}; "
+            f"give adapter='none' if the data only looks like {adapter.name}, or mend the row"
+        )
+    missing = [column for column in whole if has(whole, column) and not has(row, column)]
+    decisive = [column for column in missing if adapter.recognises({**row, column: whole[column]})] or missing
+    if not adapter.recognises({**row, **{column: whole[column] for column in missing}}):
+        raise DataError(
+            f"row {index}: columns {_columns(row)} hold other kinds of values than {adapter.name} has; "
+            "mend the row, or give adapter='none' if the data only looks like it"
+        )
+    return f"no {', '.join(f'`{column}`' for column in decisive)}"
+
+
+def _renamed(row: Row | str, preferred: str) -> Row | str:
+    """The row with the judgement that has no name of its own under the name `preferred`."""
+    if isinstance(row, str):
+        return row
+    labels = {
+        column: {preferred if name == "preferred" else name: values for name, values in row[column].items()}
+        for column in ("preference", "ratings", "comparisons")
+        if column in row
+    }
+    return {**row, **labels}
+
+
+def _in_one_form(adapted: Iterable[Adapted], systems: Mapping[int, str], known: Adapter | None) -> Iterable[Adapted]:
+    """All rows in messages if some are, because an adapter or a system column made them so."""
+    if not (known or systems):
+        return adapted
+    if systems:
+        logger.warning(
+            "%d rows have a `system` column: it becomes the system message, and text becomes messages; "
+            "adapter='none' leaves it out",
+            len(systems),
+        )
+        adapted = [(index, _with_system(row, systems.get(index))) for index, row in adapted]
+    adapted = list(adapted)
+    if len({is_chat(row) for _, row in adapted if not isinstance(row, str)}) < 2:
+        return adapted
+    return [(index, row if isinstance(row, str) else as_chat(row)) for index, row in adapted]
+
+
+def _with_system(row: Row | str, system: str | None) -> Row | str:
+    if isinstance(row, str) or system is None:
+        return row
+    try:
+        return with_system(row, system)
+    except Unusable as reason:
+        return str(reason)
+    except SHAPE_ERRORS:  # what the row has in the place of text is for its reader to name
+        return row
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(column for column in row if has(row, column)) or "none"

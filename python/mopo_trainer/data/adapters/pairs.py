@@ -1,0 +1,195 @@
+"""Data sets of chosen and rejected replies, whatever they call them and wherever they keep the prompt."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mopo_trainer.data.adapters.dialogues import (
+    EMPTY_PROMPT,
+    Messages,
+    Row,
+    Unusable,
+    group,
+    is_hh_dialogue,
+    is_turns,
+    read_hh_dialogue,
+    read_turns,
+    split_dialogues,
+)
+
+PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_j", "response_k"))
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-avg-rating", "rejected-avg-rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
+SCORE_COLUMNS = {column for columns in SCORES for column in columns}
+HISTORIES = ("conversations", "trajectory", "context", "messages")  # turns before the reply
+
+
+def pair_columns(row: Row) -> tuple[str, str] | None:
+    """The columns of the better and the worse reply."""
+    for better, worse in PAIRS:
+        if row.get(better) is not None and row.get(worse) is not None:
+            return better, worse
+    return None
+
+
+def score_columns(row: Row) -> tuple[str, str] | None:
+    """The columns of the scores of the better and the worse reply."""
+    if SCORE_COLUMNS.isdisjoint(row):
+        return None
+    return next((pair for pair in SCORES if pair[0] in row and pair[1] in row), None)
+
+
+def is_scored(row: Row) -> bool:
+    return score_columns(row) is not None or rating_list(row) is not None
+
+
+def is_scored_pair(row: Row) -> bool:
+    """chosen and rejected with a score each (HuggingFaceH4/ultrafeedback_binarized, argilla, distilabel, RLHFlow)."""
+    return pair_columns(row) is not None and is_scored(row)
+
+
+def is_sharegpt_pair(row: Row) -> bool:
+    """The turns so far in a column of their own (LLaMA-Factory's sharegpt ranking, openbmb/UltraInteract_pair)."""
+    pair = pair_columns(row)
+    return pair is not None and not is_scored(row) and _history_column(row, row[pair[0]]) is not None
+
+
+def is_instruction_pair(row: Row) -> bool:
+    """Text under other names than prompt, chosen, rejected (Intel/orca_dpo_pairs, LLaMA-Factory's alpaca ranking)."""
+    pair = pair_columns(row)
+    if pair is None or is_scored(row) or not isinstance(row[pair[0]], str) or _history_column(row, row[pair[0]]):
+        return False
+    named = row.get("prompt") is not None
+    return (not named and text_prompt(row) is not None) or (named and pair != PAIRS[0])
+
+
+def is_dialogue_pair(row: Row) -> bool:
+    """Replies in messages beside a prompt in text, or turns that are not {"role", "content"}."""
+    pair = pair_columns(row)
+    if pair is None or is_scored(row) or not is_turns(row[pair[0]]) or _history_column(row, row[pair[0]]):
+        return False
+    chosen = row[pair[0]]
+    if isinstance(chosen, dict) or any(turn.get("content") is None for turn in chosen):
+        return True
+    return text_prompt(row) is not None
+
+
+def is_hh_pair(row: Row) -> bool:
+    """Whole dialogues without a prompt (Anthropic/hh-rlhf), or a dialogue as the prompt (Dahoas/full-hh-rlhf)."""
+    pair = (row.get("chosen"), row.get("rejected"))
+    if is_scored(row) or not all(isinstance(text, str) for text in pair):
+        return False
+    if row.get("prompt") is not None:
+        return is_hh_prompt(row["prompt"])
+    return all(map(is_hh_dialogue, pair)) and text_prompt(row) is None
+
+
+def is_hh_prompt(prompt: Any) -> bool:
+    return is_hh_dialogue(prompt) and prompt.rstrip().endswith("Assistant:")
+
+
+def convert_pair(row: Row) -> Row:
+    first, second = (row[column] for column in pair_columns(row) or PAIRS[0])
+    if isinstance(first, str) != isinstance(second, str):
+        raise Unusable("text against messages")
+    history = _history_column(row, first)
+    context = read_turns(row[history]) if history else _prompt(row)
+    if not isinstance(first, str):
+        return _labelled(row, *_reply_to(context, *split_dialogues([read_turns(first), read_turns(second)])))
+    if is_hh_prompt(row.get("prompt")):
+        return _labelled(row, context, [first.strip(), second.strip()])
+    if context is not None:
+        return _labelled(row, context, [first, second])
+    if not (is_hh_dialogue(first) and is_hh_dialogue(second)):
+        raise Unusable(EMPTY_PROMPT)
+    return _labelled(row, *split_dialogues([read_hh_dialogue(first), read_hh_dialogue(second)]))
+
+
+def _reply_to(context: str | Messages | None, shared: Messages, replies: list[Messages]) -> tuple[Any, list[Messages]]:
+    """The prompt from its own column and from what both dialogues begin with."""
+    spoken = [turn for turn in shared if turn["role"] != "system"]
+    if not shared or context is None or (isinstance(context, str) and not spoken):
+        own = [{"role": "user", "content": context}] if isinstance(context, str) else context or []
+        return [*shared, *own], replies
+    if isinstance(context, str) or shared[: len(context)] == context:
+        return shared, replies
+    if context[-1]["role"] == "system":
+        return [*context, *shared], replies
+    raise Unusable("a prompt that its dialogues do not begin with")
+
+
+def _history_column(row: Row, reply: Any) -> str | None:
+    """The column of the turns so far; whole dialogues need none."""
+    if isinstance(reply, list) and len(reply) > 1:
+        return None
+    return next((column for column in HISTORIES if is_turns(row.get(column))), None)
+
+
+def _prompt(row: Row) -> str | Messages | None:
+    """The prompt, with the rounds before it in `history` and the data that goes with an instruction in `input`."""
+    if is_turns(row.get("prompt")):
+        return read_turns(row["prompt"])
+    prompt = text_prompt(row)
+    if is_hh_prompt(prompt):
+        return read_hh_dialogue(str(prompt))[:-1]
+    if prompt is not None and row.get("history"):
+        rounds = [turn for said, reply in row["history"] for turn in (("user", said), ("assistant", reply))]
+        return [*({"role": role, "content": text} for role, text in rounds), {"role": "user", "content": prompt}]
+    return prompt
+
+
+def text_prompt(row: Row) -> str | None:
+    for column in ("prompt", "instruction", "question", "input"):
+        if isinstance(row.get(column), str):
+            given = row.get("input") if column == "instruction" else None
+            return f"{row[column]}\n{given}" if given else row[column]
+    return None
+
+
+def _labelled(row: Row, prompt: Any, replies: list[Any]) -> Row:
+    """The pair with its scores as ratings; without scores the first reply wins."""
+    scores = _scores(row)
+    if scores is None:
+        pair = group(prompt, replies)
+        return {"prompt": pair["prompt"], "chosen": pair["responses"][0], "rejected": pair["responses"][1]}
+    if None in scores:
+        return group(prompt, replies, comparisons={"overall": [[0, 1, 1.0]]})
+    if scores[0] < scores[1]:
+        raise Unusable("a rejected reply of the higher score")
+    return group(prompt, replies, ratings={"overall": list(scores)})
+
+
+def _scores(row: Row) -> tuple[Any, Any] | None:
+    """The scores of the better and the worse reply; a list of ratings is in another order than they are."""
+    if row.get("status") == "tie":
+        return 0.0, 0.0
+    columns = score_columns(row)
+    if columns:
+        return number(row[columns[0]]), number(row[columns[1]])
+    ratings = rating_list(row)
+    if ratings is None or len(ratings) != 2 or None in ratings:
+        return None if ratings is None else (None, None)
+    return max(ratings), min(ratings)
+
+
+def rating_list(row: Row) -> list[Any] | None:
+    """distilabel's ratings of the generations, in their order."""
+    ratings = row["ratings"] if row.get("ratings") is not None else row.get("rating")
+    return [number(rating) for rating in ratings] if isinstance(ratings, list) else None
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also one written as text; None for anything else ("N/A", NaN, null)."""
+    try:
+        read = float(value)
+    except (TypeError, ValueError):
+        return None
+    return read if math.isfinite(read) else None
