@@ -1,3 +1,4 @@
+import math
 import os
 from pathlib import Path
 
@@ -236,6 +237,208 @@ def test_a_later_row_of_another_kind_is_named():
 def test_nothing_usable_is_an_error():
     with pytest.raises(DataError, match="every row was left out: 1 empty reply"):
         to_groups(HH_RLHF_ROWS[1:2])
+
+
+# ----------------------------------------------------------------------------- what is left out, counted, or refused
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+PAIR = {"prompt": "Q?", "chosen": "Good.", "rejected": "Bad."}
+SCORED = {**PAIR, "score_chosen": 2.0, "score_rejected": 1.0}
+VOTED = {"prompt": "Q?", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+STRENGTH = {"prompt": "Q?", "response_1": "a", "response_2": "b", "preference_strength": 1}
+BATTLE = {
+    "winner": "model_a",
+    "conversation_a": [user("Q?"), assistant("a"), user("More?"), assistant("c")],
+    "conversation_b": [user("Q?"), assistant("a"), user("More?"), assistant("d")],
+}
+SHARED = [user("A?"), assistant("A."), user("B?")]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "reason"),
+    [
+        (SCORED, {"score_rejected": 3.0}, "a rejected reply of the higher score"),
+        (SCORED, {"chosen": " "}, "empty reply"),
+        (SCORED, {"prompt": ""}, "empty prompt"),
+        (SCORED, {"rejected": None}, "no `rejected`"),
+        (SCORED, {"rejected": [assistant("Bad.")]}, "text against messages"),
+        (VOTED, {"better_response_id": None, "safer_response_id": None}, "no verdict"),
+        (VOTED, {"better_response_id": 2, "safer_response_id": -1}, "no verdict"),
+        (VOTED, {"response_1": None}, "no `response_1`"),
+        (STRENGTH, {"preference_strength": None}, "no verdict"),
+        (STRENGTH, {"preference_strength": -100}, "no verdict"),
+        (BATTLE, {"winner": "model_c"}, "no verdict"),
+        (
+            BATTLE,
+            {"conversation_b": [user("Q?"), assistant("b"), user("More?"), assistant("d")]},
+            "dialogues that differ",
+        ),
+        (BATTLE, {"conversation_a": [user("Q?")], "conversation_b": [user("R?")]}, "does not end with the assistant's"),
+        (
+            {"system": "Be brief.", "prompt": [user("Q?")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+            {"prompt": [{"role": "system", "content": "Be long."}, user("Q?")]},
+            "a system column and another system message",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q?"}], "chosen": "a", "rejected": "b"},
+            {"conversations": [{"from": "function_call", "value": "f()"}, {"from": "human", "value": "Q?"}]},
+            "a turn by 'function_call'",
+        ),
+        (
+            {"prompt": "Q?", "chosen": [user("Q?"), assistant("a")], "rejected": [user("Q?"), assistant("b")]},
+            {"prompt": "Another?"},
+            "a prompt that its dialogues do not begin with",
+        ),
+        (
+            {"instruction": "Q?", "generations": ["a", "b"], "ratings": [1, 2]},
+            {"ratings": [1]},
+            "another number of ratings than of generations",
+        ),
+        (
+            {"instruction": "Q?", "generations": ["a", "b"], "ratings": [1, 2]},
+            {"ratings": [1, None]},
+            "fewer than two rat",
+        ),
+        (
+            {"prompt": "Q?", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+            {"answers": [{"answer": "a", "rank": 1}, {"answer": "", "rank": 2}]},
+            "fewer than two answers",
+        ),
+    ],
+)
+def test_unusable_rows_are_left_out_and_counted(good, bad, reason, caplog):
+    rows = [good, {**good, **bad}, good]
+    assert len(to_groups(rows)) == 2
+    assert "1 of 3 rows or prompts left out: 1 " in caplog.text
+    assert reason in caplog.text
+
+
+def test_a_first_row_without_its_values_does_not_hide_the_data_set(caplog):
+    assert to_groups([{**SCORED, "rejected": None}, SCORED])["win_rate"] == [{"overall": [1.0, 0.0]}]
+    assert "no `rejected`" in caplog.text
+
+
+def test_the_same_text_twice_is_a_tie_whatever_the_labels_say(caplog):
+    rows = [{**PAIR, "rejected": "Good."}, {**SCORED, "rejected": "Good."}]
+    for row, objective in zip(rows, ("preferred", "overall"), strict=True):
+        assert to_groups([row])["win_rate"] == [{objective: [0.5, 0.5]}]
+    assert to_groups([{**VOTED, "response_1": "a"}])["win_rate"] == [{"helpful": [0.5, 0.5], "harmless": [0.5, 0.5]}]
+    unlabelled = {**PAIR, "rejected": "Good.", "preference": {"x": None, "y": 1.0}}
+    assert to_groups([unlabelled, PAIR])["win_rate"][0] == {"x": None, "y": [0.5, 0.5], "preferred": None}
+    assert caplog.text.count("1 of 1 pairs have the same text twice: counted as ties") == 3
+
+
+def test_a_graded_preference_follows_the_rating_scale():
+    [row] = to_groups([{**STRENGTH, "preference_strength": -2}], rating_scale=2.0)["win_rate"]
+    assert row["preferred"] == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))], abs=1e-12)
+
+
+def test_a_judgement_without_a_name_takes_the_name_that_is_given():
+    assert objectives(to_groups([STRENGTH], preferred="quality")) == ["quality"]
+    assert objectives(to_groups([{**VOTED, "safer_response_id": 0}], preferred="quality")) == ["helpful", "harmless"]
+
+
+def test_a_system_column_is_said_and_reaches_labelled_rows_too(caplog):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{**PAIR, "preference": {"x": 1}, "system_prompt": "Be brief."}, {**PAIR, "preference": {"x": 0}}]
+    first, second = to_groups(rows)
+    assert first["prompt"] == [system, user("Q?")]
+    assert second["prompt"] == [user("Q?")]
+    assert second["responses"] == [[assistant("Good.")], [assistant("Bad.")]]
+    assert "1 rows have a `system` column" in caplog.text
+    assert to_groups(rows, adapter="none")["prompt"] == ["Q?", "Q?"]
+    within = {"chosen": [system, user("Q?"), assistant("a")], "rejected": [system, user("Q?"), assistant("b")]}
+    assert to_groups([{**within, "system": "Be brief."}])["prompt"] == [[system, user("Q?")]]
+
+
+def test_whole_dialogues_beside_their_prompt_do_not_repeat_it():
+    row = {"prompt": SHARED, "chosen": [*SHARED, assistant("a")], "rejected": [*SHARED, assistant("b")]}
+    for verdict in ({}, {"preference": {"preferred": 1.0}}, {"score_chosen": 2, "score_rejected": 1}):
+        [group] = to_groups([{**row, **verdict}])
+        assert group["prompt"] == SHARED
+        assert group["responses"] == [[assistant("a")], [assistant("b")]]
+
+
+def test_a_users_turn_within_a_reply_is_refused():
+    chosen = [user("Q?"), assistant("a"), user("More?"), assistant("c")]
+    rejected = [user("Q?"), assistant("b"), user("More?"), assistant("d")]
+    with pytest.raises(
+        DataError, match="row 0: response 0 holds a turn of the user, which is not the policy's to learn"
+    ):
+        to_groups([{"chosen": chosen, "rejected": rejected}])
+
+
+def test_prompts_are_not_guessed_among_several():
+    pair = {"chosen": "Good.", "rejected": "Bad."}
+    for columns in ({"question": "Q?", "context": "A passage."}, {"question": "Q?", "input": "A passage."}):
+        with pytest.raises(DataError, match="no `prompt` beside plain-text responses"):
+            to_groups([{**columns, **pair}])
+    dialogue = [user("Another?"), assistant("Good.")]
+    assert to_groups([{**PAIR, "messages": dialogue}])["prompt"] == ["Q?"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Q?", "completion": "A.", "label": True}, "judged good or bad by itself .the format of KTO."),
+        ({"messages": SHARED, "kto_tag": False}, "the format of KTO"),
+        ({"prompt": [user("Q?")], "completion": [assistant("A.")], "label": False}, "the format of KTO"),
+        ({"instruction": "Q?", "input": "", "output": "A."}, "one response a row is compared with nothing; put two"),
+        ({"prompt": "Q?", "response": "A.", "rating": 4}, "one response a row is compared with nothing"),
+        ({"messages": [*SHARED, assistant("B.")]}, "one dialogue a row is compared with nothing"),
+        ({"conversations": [{"from": "human", "value": "Q?"}]}, "one dialogue a row"),
+        ({"transcript": "\n\nHuman: Q?\n\nAssistant: A.", "rating": 2.0}, "a transcript with a rating of its own"),
+        ({"prompt": "Q?", "completions": ["a", "b"], "labels": [True, False]}, "the steps of one response"),
+        ({"message_id": "1", "parent_id": None, "text": "Q?", "role": "prompter", "rank": None}, "messages of a tree"),
+    ],
+)
+def test_what_holds_no_comparison_is_refused_with_the_mend(row, message):
+    with pytest.raises(DataError, match=f"^row 0: .*{message}.* ratings: .*columns: ") as caught:
+        to_groups([row, row])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        (
+            {"ds_name": "d", "image": {"bytes": "..", "path": None}, "question": "Q?", "chosen": "a", "rejected": "b"},
+            "image",
+        ),
+        ({**PAIR, "images": ["1.png"]}, "images"),
+        (
+            {"image": "..", "question": "Q?", "response_1": "a", "response_2": "b", "safer_response_id": 1},
+            "image",
+        ),
+    ],
+)
+def test_replies_about_images_are_refused(row, column):
+    with pytest.raises(
+        DataError, match=f"^row 0: the column `{column}` holds what the replies are about.*remove the col"
+    ):
+        to_groups([row])
+    assert len(to_groups([{**row, column: None}])) == 1
+
+
+def test_tools_that_are_not_read_are_said(caplog):
+    to_groups([{**PAIR, "tools": "[]"}])
+    assert "the column `tools` is not read" in caplog.text
+
+
+def test_a_row_of_another_shape_is_named():
+    with pytest.raises(DataError, match=r"^row 1: columns .* hold other kinds of values than dialogue-pairs has"):
+        to_groups([{"prompt": "Q?", "chosen": [assistant("a")], "rejected": [assistant("b")]}, PAIR])
+    broken = {"instruction": "Q?", "completions": [{"text": "a"}, {"text": "b"}]}
+    with pytest.raises(DataError, match=r"^row 0: not of the shape that rows of ultrafeedback have \(KeyError"):
+        to_groups([broken])
 
 
 @pytest.mark.skipif(not HH_RLHF.is_dir(), reason=f"no hh-rlhf in {HH_RLHF}; set MOPO_HH_RLHF to its directory")

@@ -77,6 +77,8 @@ def adapt(rows: list[Row], adapter: str | None = None, preferred: str = "preferr
         known = replace(known, recognises=known.reads)
     columns = set().union(*rows)
     _refuse_media(rows, columns)
+    if "tools" in columns and any(row.get("tools") for row in rows):
+        logger.warning("the column `tools` is not read: the chat template sees the messages only")
     adapted: Iterable[Adapted] = _convert(rows, known) if known else enumerate(rows)
     if preferred != "preferred" and known:
         adapted = ((index, _renamed(row, preferred)) for index, row in adapted)

@@ -11,6 +11,7 @@ from mopo_trainer.data.sources import DataError
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
+HH_START = re.compile(r"\s*(Human|Assistant):")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 STEERLM_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 ROLES = {
@@ -58,20 +59,30 @@ def _read_turn(turn: Row) -> Any:
     speaker = turn.get("role") or turn.get("from")
     role = ROLES.get(str(speaker).lower())
     if turn.get("role") and (turn.get("content") is not None or turn.get("tool_calls")):
-        return {**{key: value for key, value in turn.items() if value is not None}, "role": role or speaker}
+        values = {key: value for key, value in turn.items() if value is not None}
+        return {**values, "role": role or speaker, "content": _joined(turn.get("content"))}
     if role is None:
         raise Unusable(f"a turn by {speaker!r}")
     return message(role, turn.get("value") or turn.get("text") or turn.get("content") or "")
 
 
+def _joined(content: Any) -> Any:
+    """Content in parts as one text."""
+    if not isinstance(content, list):
+        return content
+    if any(part.get("type", "text") != "text" for part in content):
+        raise Unusable("a turn with something else than text")
+    return "".join(part["text"] for part in content)
+
+
 def is_hh_dialogue(text: Any) -> bool:
     """Whether text begins with a turn of Human's or Assistant's and has one of Assistant's."""
-    return isinstance(text, str) and "Assistant:" in text and text.lstrip().startswith(("Human:", "Assistant:"))
+    return isinstance(text, str) and HH_START.match(text) is not None and "Assistant:" in text
 
 
 def read_hh_dialogue(text: str) -> Messages:
     """Split "Human: …\n\nAssistant: …" into messages; turns in a row by one speaker become one message."""
-    parts = HH_TURN.split("\n\n" + text.lstrip())
+    parts = HH_TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip())
     messages: Messages = []
     for speaker, said in zip(parts[1::2], parts[2::2], strict=True):
         role = ROLES[speaker.lower()]
@@ -96,9 +107,7 @@ def is_blank(text: Any) -> bool:
     """Whether text, or all of a list of messages, says nothing."""
     if isinstance(text, str):
         return not text or text.isspace()
-    if isinstance(text, list):
-        return all(is_blank(turn.get("content")) and not turn.get("tool_calls") for turn in text)
-    return text is None
+    return all(is_blank(turn.get("content")) and not turn.get("tool_calls") for turn in text or ())
 
 
 def split_dialogues(dialogues: Sequence[Messages]) -> tuple[Messages, list[Messages]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 from mopo_trainer.data.adapters.dialogues import (
@@ -13,6 +14,7 @@ from mopo_trainer.data.adapters.dialogues import (
     group,
     is_hh_dialogue,
     is_turns,
+    message,
     read_hh_dialogue,
     read_turns,
     split_dialogues,
@@ -29,6 +31,7 @@ SCORES = (
     ("rating_chosen", "rating_rejected"),
 )
 SCORE_COLUMNS = {column for columns in SCORES for column in columns}
+ASKING = ("user", "human", "prompter", "tool", "observation")
 HISTORIES = ("conversations", "trajectory", "context", "messages")  # turns before the reply
 
 
@@ -67,8 +70,9 @@ def is_instruction_pair(row: Row) -> bool:
     pair = pair_columns(row)
     if pair is None or is_scored(row) or not isinstance(row[pair[0]], str) or _history_column(row, row[pair[0]]):
         return False
-    named = row.get("prompt") is not None
-    return (not named and text_prompt(row) is not None) or (named and pair != PAIRS[0])
+    if row.get("prompt") is not None:
+        return pair != PAIRS[0]
+    return text_prompt(row) is not None
 
 
 def is_dialogue_pair(row: Row) -> bool:
@@ -115,22 +119,35 @@ def convert_pair(row: Row) -> Row:
 
 def _reply_to(context: str | Messages | None, shared: Messages, replies: list[Messages]) -> tuple[Any, list[Messages]]:
     """The prompt from its own column and from what both dialogues begin with."""
-    spoken = [turn for turn in shared if turn["role"] != "system"]
-    if not shared or context is None or (isinstance(context, str) and not spoken):
-        own = [{"role": "user", "content": context}] if isinstance(context, str) else context or []
-        return [*shared, *own], replies
-    if isinstance(context, str) or shared[: len(context)] == context:
+    if isinstance(context, str):
+        own = [message("user", context)]
+        if all(turn["role"] == "system" for turn in shared):
+            return [*shared, *own], replies
+        if any(_overlap(context, str(turn.get("content"))) for turn in shared):
+            return shared, replies
+    elif context is None or shared[: len(context)] == context:
         return shared, replies
-    if context[-1]["role"] == "system":
+    elif not shared or context[-1]["role"] == "system":
         return [*context, *shared], replies
     raise Unusable("a prompt that its dialogues do not begin with")
 
 
+def _overlap(first: str, second: str) -> bool:
+    return first.strip() in second or second.strip() in first
+
+
 def _history_column(row: Row, reply: Any) -> str | None:
-    """The column of the turns so far; whole dialogues need none."""
+    """The column of the turns up to the user's last; whole dialogues need none, nor do prompts that it leaves out."""
     if isinstance(reply, list) and len(reply) > 1:
         return None
-    return next((column for column in HISTORIES if is_turns(row.get(column))), None)
+    prompt = text_prompt(row)
+    for column in HISTORIES:
+        if is_turns(row.get(column)):
+            last = row[column][-1]
+            asked = last.get("content") or last.get("value") or last.get("text")
+            if (last.get("role") or last.get("from")) in ASKING and prompt in (None, asked):
+                return column
+    return None
 
 
 def _prompt(row: Row) -> str | Messages | None:
@@ -140,18 +157,23 @@ def _prompt(row: Row) -> str | Messages | None:
     prompt = text_prompt(row)
     if is_hh_prompt(prompt):
         return read_hh_dialogue(str(prompt))[:-1]
-    if prompt is not None and row.get("history"):
-        rounds = [turn for said, reply in row["history"] for turn in (("user", said), ("assistant", reply))]
-        return [*({"role": role, "content": text} for role, text in rounds), {"role": "user", "content": prompt}]
-    return prompt
+    if prompt is None or not row.get("history"):
+        return prompt
+    rounds = [[message("user", said), message("assistant", reply)] for said, reply in row["history"]]
+    return [*chain.from_iterable(rounds), message("user", prompt)]
 
 
 def text_prompt(row: Row) -> str | None:
-    for column in ("prompt", "instruction", "question", "input"):
-        if isinstance(row.get(column), str):
-            given = row.get("input") if column == "instruction" else None
-            return f"{row[column]}\n{given}" if given else row[column]
-    return None
+    """The prompt in text: `instruction` with its `input`, or the one column that asks, if nothing else does."""
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    instruction, question, given = (row.get(column) for column in ("instruction", "question", "input"))
+    if isinstance(row.get("context"), str):
+        return None
+    if isinstance(instruction, str) and question is None:
+        return f"{instruction}\n{given}" if given else instruction
+    asked = [text for text in (instruction, question, given) if isinstance(text, str)]
+    return asked[0] if len(asked) == 1 else None
 
 
 def _labelled(row: Row, prompt: Any, replies: list[Any]) -> Row:

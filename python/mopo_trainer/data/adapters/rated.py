@@ -28,6 +28,8 @@ def rated_group(prompt: Any, replies: list[Any], ratings: Mapping[str, list[Any]
     if len(kept) < 2:
         raise Unusable(few)
     by_name = {name: [values[index] for index in kept] for name, values in ratings.items()}
+    if all(len(kept) - values.count(None) < 2 for values in by_name.values()):
+        raise Unusable("fewer than two ratings")
     return group(prompt, [replies[index] for index in kept], ratings=by_name)
 
 
@@ -62,8 +64,6 @@ def convert_distilabel(row: Row) -> Row:
     ratings = rating_list(row) or []
     if len(ratings) != len(row["generations"]):
         raise Unusable("another number of ratings than of generations")
-    if sum(rating is not None for rating in ratings) < 2:
-        raise Unusable("fewer than two ratings")
     return rated_group(text_prompt(row), row["generations"], {"overall": ratings}, FEW_COMPLETIONS)
 
 

@@ -30,6 +30,10 @@ def _is_red_team(row: Row) -> bool:
     return isinstance(row.get("transcript"), str)
 
 
+def _is_tree(row: Row) -> bool:
+    return "message_id" in row and "parent_id" in row
+
+
 def _is_single(row: Row) -> bool:
     replies = ("completion", "output", "response", "answer")
     asked = any(row.get(column) is not None for column in ("prompt", "instruction", "question", "input", "context"))
@@ -47,6 +51,7 @@ REFUSED: tuple[tuple[Callable[[Row], bool], str], ...] = (
     ),
     (_is_stepwise, f"the steps of one response, each judged right or wrong, are not responses to compare; {GROUPED}"),
     (_is_red_team, f"a transcript with a rating of its own is compared with nothing; {GROUPED}"),
+    (_is_tree, f"messages of a tree, one a row, do not stand beside the replies they compete with; {GROUPED}"),
     (_is_single, f"one response a row is compared with nothing; {GROUPED}"),
     (_is_dialogue, f"one dialogue a row is compared with nothing; {GROUPED}"),
 )

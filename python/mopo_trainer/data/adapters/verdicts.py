@@ -21,7 +21,7 @@ from mopo_trainer.data.adapters.dialogues import (
 from mopo_trainer.data.adapters.pairs import number
 
 NO_VERDICT = "no verdict"
-STRENGTHS = range(-3, 4)
+STRENGTHS = set(range(-3, 4))
 
 FIRST_IS_0: Mapping[Hashable, float] = {0: 1.0, 1: 0.0}
 FIRST_IS_1: Mapping[Hashable, float] = {1: 1.0, 2: 0.0}
@@ -54,11 +54,12 @@ class Verdict:
     def convert(self, row: Row) -> Row:
         prompt, *replies = (row[column] for column in self.columns)
         prompt = read_steerlm(prompt) if isinstance(prompt, str) else read_turns(prompt)
-        verdicts = {name: row[column] for name, column in self.objectives.items() if column in row}
+        verdicts = {name: number(row[column]) for name, column in self.objectives.items() if column in row}
         if self.outcomes is None:
-            if not all(verdict in STRENGTHS for verdict in verdicts.values()):
+            ratings = {name: [-verdict, 0.0] for name, verdict in verdicts.items() if verdict in STRENGTHS}
+            if not ratings:
                 raise Unusable(NO_VERDICT)
-            return group(prompt, replies, ratings={name: [-strength, 0] for name, strength in verdicts.items()})
+            return group(prompt, replies, ratings=ratings)
         outcomes = {name: self.outcomes.get(verdict) for name, verdict in verdicts.items()}
         if all(outcome is None for outcome in outcomes.values()):
             raise Unusable(NO_VERDICT)
