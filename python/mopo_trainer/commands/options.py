@@ -7,6 +7,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mopo_trainer.training.options import MOPOOptions
@@ -51,9 +52,12 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Labels: JSONL, JSON, Parquet, a directory of save_to_disk, or a hub name."},
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a directory or hub dataset."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out labels, read as `dataset` is."})
+    eval_dataset: list[str] | None = field(
+        default=None,
+        metadata={"help": "Held-out labels, read as `dataset` is; several as `name=source`, each measured for itself."},
+    )
     eval_split: str = field(default="test", metadata={"help": "Split of `eval_dataset`."})
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Share of the groups of `dataset` to hold out, if there is no eval_dataset."}
@@ -71,11 +75,17 @@ class ScriptArguments:
         default="float32",
         metadata={"help": "Type of the weights.", "choices": ["float32", "bfloat16", "float16", "auto"]},
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 ...; default the model's own choice."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a hub model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with a hub model."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter; 0 trains all weights."})
     lora_alpha: float | None = field(default=None, metadata={"help": "LoRA scale; default 2 × lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt; default every linear layer but the LM head."}
+        default=None,
+        metadata={"help": "Names, a regex, or all-linear (all but the LM head), the default."},
     )
 
     def __post_init__(self) -> None:
@@ -90,6 +100,29 @@ class ScriptArguments:
             raise ValueError(f"max_train_samples={self.max_train_samples} must be at least 1")
         if self.lora_r < 0:
             raise ValueError(f"lora_r={self.lora_r} must be 0 (no adapter) or a rank")
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(self, name) and not self.lora_r:
+                raise ValueError(f"{name} is set and lora_r is 0, so there is no adapter; give lora_r a rank")
+        self.eval_sets()
+
+    def eval_sets(self) -> dict[str, str]:
+        """{name: source} of the held-out sets; the only one needs no name and has "" for it.
+
+        Raises:
+            ValueError: one of several without a name, or a name given twice.
+        """
+        entries = self.eval_dataset or []
+        if len(entries) == 1 and ("=" not in entries[0] or Path(entries[0]).exists()):
+            return {"": entries[0]}
+        sets: dict[str, str] = {}
+        for entry in entries:
+            name, equals, source = entry.partition("=")
+            if not name or not equals or not source:
+                raise ValueError(f"eval_dataset {entry!r} is one of several; write name=source")
+            if name in sets:
+                raise ValueError(f"eval_dataset names {name!r} twice; give each set a name of its own")
+            sets[name] = source
+        return sets
 
 
 @dataclass

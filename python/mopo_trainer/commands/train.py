@@ -1,21 +1,19 @@
-"""`mopo train`: arguments from a YAML file and the command line, data, model, MOPOTrainer, curves."""
+"""`mopo train`: data, model, MOPOTrainer, curves, as the arguments say."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -25,97 +23,18 @@ from transformers.trainer_utils import set_seed
 
 from mopo_kernels.objective.dual import auto_eps
 from mopo_trainer import data
-from mopo_trainer.commands.options import ScriptArguments, parser_texts
+from mopo_trainer.commands.arguments import parse_arguments, target_modules
+from mopo_trainer.commands.options import ScriptArguments
 from mopo_trainer.commands.solve import LabelProblem, objective_rows, objectives_table
 from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.files import write_json
-from mopo_trainer.names import did_you_mean, it_has
+from mopo_trainer.names import it_has
 from mopo_trainer.report import plots
 from mopo_trainer.report.tables import new_table
 from mopo_trainer.training.callbacks import Bar, StepLines
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.resume import resolve_checkpoint
 from mopo_trainer.training.trainer import MOPOTrainer
-
-# ---------------------------------------------------------------------------------------------------------- arguments
-
-
-class TrainParser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line."""
-
-    def __init__(self) -> None:
-        super().__init__([ScriptArguments, MOPOConfig], **parser_texts())
-        self.add_argument("--help-all", "--help_all", action="help", help="also list every TrainingArguments option")
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see mopo train --help)")
-
-
-def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, MOPOConfig]:
-    """Script and trainer arguments from `[CONFIG.yaml] [--option value ...]`; the command line wins over the file.
-
-    Raises:
-        ValueError: an unknown option or YAML key (with the nearest name), a value of the wrong type or range.
-    """
-    parser = TrainParser()
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments = [*_yaml_arguments(Path(arguments[0]), parser, replaced=_named(arguments[1:])), *arguments[1:]]
-    script, config, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}{_suggestion(unknown[0].strip('-'), parser)}")
-    if (config.resume_from_checkpoint or "").lower() in ("true", "false"):
-        config.resume_from_checkpoint = config.resume_from_checkpoint.lower() == "true"
-    return script, config
-
-
-def _named(arguments: Sequence[str]) -> set[str]:
-    """The options that a command line names."""
-    names = {
-        argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments if argument.startswith("--")
-    }
-    return names | {f"{name}s" for name in names & {"threshold", "scorer"}}
-
-
-def _yaml_arguments(path: Path, parser: TrainParser, replaced: set[str]) -> list[str]:
-    """The content of a YAML file, less `replaced`, as command-line arguments: both are checked in one place."""
-    if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{path}: mopo train takes a .yaml file and --options")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{where}: not valid YAML ({problem or error})") from None
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected lines of the form `name: value`")
-    options = {action.dest for action in parser._actions}
-    arguments = []
-    for key, value in content.items():
-        if key not in options:
-            raise ValueError(f"{path}: unknown key {key!r}{_suggestion(str(key), parser)}")
-        arguments += [] if key in replaced else _as_arguments(key, value)
-    return arguments
-
-
-def _as_arguments(key: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if key == "thresholds" and isinstance(value, Mapping):
-        value = [f"{name}={bound}" for name, bound in value.items()]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)] if value else []
-    if isinstance(value, Mapping):
-        value = json.dumps(value)
-    return [f"--{key}={value}"]
-
-
-def _suggestion(name: str, parser: TrainParser) -> str:
-    options = [action.dest for action in parser._actions]
-    return did_you_mean(name, options) or "; mopo train --help-all lists the options"
-
 
 # ---------------------------------------------------------------------------------------------------------- the run
 
@@ -153,11 +72,11 @@ def run_train(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, Dataset | None]:
-    """Training groups and held-out groups, scorers applied (the trainer is told that they are)."""
+def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
+    """Training groups and held-out groups, or sets of them by name, scorers applied (the trainer is told so)."""
 
     def read(source: str, split: str) -> Dataset:
-        rows = data.load_rows(source, split=split, name=script.dataset_name)
+        rows = data.load_rows(source, split=split, name=script.dataset_config)
         scorers = load_scorers(config.scorers or [])
         return data.to_groups(
             rows,
@@ -167,9 +86,11 @@ def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, D
             preferred=script.preferred,
         )
 
-    groups, held_out = read(script.dataset or "", script.dataset_split), None
+    groups = read(script.dataset or "", script.dataset_split)
+    held_out: Dataset | dict[str, Dataset] | None = None
     if script.eval_dataset:
-        held_out = read(script.eval_dataset, script.eval_split)
+        sets = {name: read(source, script.eval_split) for name, source in script.eval_sets().items()}
+        held_out = sets.get("") or sets
     elif script.eval_fraction:
         groups, held_out = data.split_groups(groups, script.eval_fraction, config.data_seed or config.seed)
     if script.max_train_samples is not None:
@@ -207,9 +128,13 @@ def load_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedToke
         from mopo_trainer.commands.smollm import smollm2  # downloads and converts: only for those who ask
 
         source = str(smollm2())
+    origin = {"revision": script.model_revision, "trust_remote_code": script.trust_remote_code}
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=script.attn_implementation, **origin
+        )
+        return model, AutoTokenizer.from_pretrained(source, **origin)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"model_name_or_path={source}: no such directory, or no model in it ({reason})") from error
@@ -221,12 +146,13 @@ def lora_config(script: ScriptArguments) -> Any:
         return None
     from peft import LoraConfig  # optional dependency
 
+    alpha = 2 * script.lora_r if script.lora_alpha is None else script.lora_alpha
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=script.lora_r,
-        lora_alpha=2 * script.lora_r if script.lora_alpha is None else script.lora_alpha,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # peft and those who read its files expect an int
         lora_dropout=script.lora_dropout,
-        target_modules=script.lora_target_modules or "all-linear",
+        target_modules=target_modules(script.lora_target_modules) or "all-linear",
     )
 
 
@@ -238,13 +164,18 @@ def summary_table(history: Sequence[Mapping[str, Any]], objectives: Sequence[str
     last: dict[str, Any] = {}
     for row in history:
         last.update(row)
-    headings = ("threshold", "multiplier", "held-out win rate", "held-out agreement")
-    table = new_table("At the end", "objective", *headings)
+    prefixes = [key.removesuffix("loss") for key in last if re.fullmatch(r"eval_(.+_)?loss", key)] or ["eval_"]
+    held_out = {
+        f"held-out {kind.replace('_', ' ')} {prefix[len('eval_') : -1]}".strip(): f"{prefix}{kind}"
+        for prefix in prefixes
+        for kind in ("win_rate", "agreement")
+    }
+    table = new_table("At the end", "objective", "threshold", "multiplier", *held_out)
     for name in objectives:
-        keys = (f"threshold/{name}", f"multiplier/{name}", f"eval_win_rate/{name}", f"eval_agreement/{name}")
+        keys = [f"{kind}/{name}" for kind in ("threshold", "multiplier", *held_out.values())]
         table.add_row(name, *(f"{last[key]:.3f}" if key in last else "–" for key in keys))
     return table
 
 
 def _evaluated_at(history: Sequence[Mapping[str, Any]], step: int) -> bool:
-    return any("eval_loss" in row and row["step"] == step for row in history)
+    return any(row["step"] == step and any(key.startswith("eval_") for key in row) for row in history)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -64,11 +65,12 @@ class StepLines(TrainerCallback):
 
 def step_line(logs: Mapping[str, float]) -> str | None:
     """Loss, each objective's win rate (its threshold and multiplier), tokens; None for logs that hold neither."""
-    held_out = "eval_loss" in logs
-    prefix = "eval_" if held_out else ""
+    prefix = next((key.removesuffix("loss") for key in logs if re.fullmatch(r"eval_(.+_)?loss", key)), "")
     if f"{prefix}loss" not in logs:
         return None
-    parts = [f"{'held-out ' if held_out else ''}loss {logs[f'{prefix}loss']:.4f}"]
+    one = prefix.removeprefix("eval_").removesuffix("_")  # of several held-out sets
+    title = " ".join(filter(None, ("held-out" if prefix else "", one, "loss")))
+    parts = [f"{title} {logs[f'{prefix}loss']:.4f}"]
     for name in _objectives_in(logs, prefix):
         part = f"{name} {logs[f'{prefix}win_rate/{name}']:.3f}"
         if f"threshold/{name}" in logs:

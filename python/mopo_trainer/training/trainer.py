@@ -74,7 +74,7 @@ class MOPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         args: MOPOConfig,
         train_dataset: Any,
         eval_dataset: Any | None = None,
@@ -83,7 +83,9 @@ class MOPOTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        if isinstance(model, str):
+        if not isinstance(args, MOPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; give a MOPOConfig, which takes the same options")
+        if isinstance(model, str | Path):
             model = AutoModelForCausalLM.from_pretrained(model)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         if peft_config is not None:
@@ -300,6 +302,8 @@ class MOPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers.Trainer.train; refuses half-written checkpoints, `True` takes the newest whole one."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resolve_checkpoint(Path(self.args.output_dir), resume_from_checkpoint))
         self._resumed = bool(resume_from_checkpoint)

@@ -6,8 +6,8 @@ import pytest
 from transformers import TrainingArguments
 
 from mopo_trainer.commands import options
+from mopo_trainer.commands.arguments import TrainParser
 from mopo_trainer.commands.main import main
-from mopo_trainer.commands.train import TrainParser
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.options import MOPOOptions
 

@@ -10,8 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from mopo_trainer.commands import smollm
+from mopo_trainer.commands.arguments import parse_arguments
 from mopo_trainer.commands.main import main
-from mopo_trainer.commands.train import load_groups, lora_config, parse_arguments, summary_table
+from mopo_trainer.commands.train import load_groups, lora_config, summary_table
 from mopo_trainer.training.callbacks import StepLines, step_line
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset", "d", "--report_to", "none"]
@@ -66,6 +67,24 @@ def test_a_run_leaves_model_curves_and_log(setup, capsys):
     step = next(line for line in out.splitlines() if line.startswith("    1  loss"))
     assert "friendly 0." in step
     assert "(≥ 0.400, λ " in step
+
+
+def test_held_out_sets_are_measured_each_under_its_name(setup, capsys):
+    rows = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("near", rows[:4]), ("far", rows[4:])):
+        Path(f"{name}.jsonl").write_text("".join(part))
+    settings = yaml.safe_load(Path("config.yaml").read_text())
+    settings |= {"eval_dataset": {"near": "near.jsonl", "far": "far.jsonl"}, "max_steps": 1}
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["train", "config.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "held-out near loss" in out
+    assert "held-out far loss" in out
+    found = {key for row in log_of("run") for key in row if key.endswith("win_rate/brief")}
+    assert found == {"win_rate/brief", "eval_near_win_rate/brief", "eval_far_win_rate/brief"}
+    script, config = parse_arguments(["config.yaml"])
+    _, sets = load_groups(script, config)
+    assert {name: len(groups) for name, groups in sets.items()} == {"near": 4, "far": 4}
 
 
 def test_the_command_line_wins_over_the_file(setup):
@@ -186,7 +205,7 @@ def test_a_subset_and_a_name_for_unlabelled_pairs(setup):
         (["config.yaml", "--model_name_or_path", "./nowhere"], "model_name_or_path=./nowhere"),
         (["config.yaml", "--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
         (["config.yaml", "--resume_from_checkpoint", "run/checkpoint-9"], "there is no such directory"),
-        (["unknown.yaml"], "unknown.yaml: unknown key 'datset'; did you mean dataset?"),
+        (["unknown.yaml"], "unknown.yaml, line 1: unknown key 'datset'; did you mean dataset?"),
         (["broken.yaml"], "broken.yaml, line 2: not valid YAML"),
         (["list.yaml"], "list.yaml: expected lines of the form"),
     ],
@@ -232,6 +251,7 @@ def test_step_lines():
     logs = {"loss": 2.0, "win_rate/a": 0.8, "win_rate/b": 0.5, "threshold/b": 0.6, "multiplier/b": 0.25}
     assert step_line(logs) == "loss 2.0000  a 0.800  b 0.500 (≥ 0.600, λ 0.250)"
     assert step_line({"eval_loss": 1.0, "eval_win_rate/a": 0.5}) == "held-out loss 1.0000  a 0.500"
+    assert step_line({"eval_x_y_loss": 1.0, "eval_x_y_win_rate/a": 0.5}) == "held-out x_y loss 1.0000  a 0.500"
     assert step_line({"train_runtime": 3.0}) is None
     assert StepLines().on_log(None, type("State", (), {"is_world_process_zero": False}), None, logs) is None
 
@@ -245,3 +265,8 @@ def test_the_summary_holds_the_last_values():
     table = summary_table(history, ["a", "b"])
     cells = [list(column.cells) for column in table.columns]
     assert cells == [["a", "b"], ["–", "0.600"], ["–", "0.200"], ["0.700", "–"], ["–", "–"]]
+    sets = [{"step": 1, "eval_x_y_loss": 1.0, "eval_x_y_win_rate/a": 0.3}, {"step": 1, "eval_z_loss": 1.0}]
+    table = summary_table(sets, ["a"])
+    headings = [column.header for column in table.columns][3:]
+    assert headings == [f"held-out {kind} {of}" for of in ("x_y", "z") for kind in ("win rate", "agreement")]
+    assert list(table.columns[3].cells) == ["0.300"]
