@@ -268,6 +268,7 @@ SHARED = [user("A?"), assistant("A."), user("B?")]
         (SCORED, {"score_rejected": 3.0}, "a rejected reply of the higher score"),
         (SCORED, {"chosen": " "}, "empty reply"),
         (SCORED, {"prompt": ""}, "empty prompt"),
+        (SCORED, {"prompt": None}, "no prompt"),
         (SCORED, {"rejected": None}, "no `rejected`"),
         (SCORED, {"rejected": [assistant("Bad.")]}, "text against messages"),
         (VOTED, {"better_response_id": None, "safer_response_id": None}, "no verdict"),
@@ -319,6 +320,15 @@ def test_unusable_rows_are_left_out_and_counted(good, bad, reason, caplog):
     assert len(to_groups(rows)) == 2
     assert "1 of 3 rows or prompts left out: 1 " in caplog.text
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize("gap", ["\n\n", "\n", "\r\n\r\n"])
+@pytest.mark.parametrize("start", ["", "\n\n", " \n"])
+def test_hh_rlhf_copies_keep_every_turn(start, gap):
+    said = gap.join(["Human: A?", "Assistant: A.", "Human: B?", "Assistant: "])
+    [group] = to_groups([{"chosen": f"{start}{said}Good.", "rejected": f"{start}{said}Bad."}])
+    assert group["prompt"] == SHARED
+    assert group["responses"] == [[assistant("Good.")], [assistant("Bad.")]]
 
 
 def test_a_first_row_without_its_values_does_not_hide_the_data_set(caplog):

@@ -12,6 +12,7 @@ Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
 HH_START = re.compile(r"\s*(Human|Assistant):")
+HH_LINE = re.compile(r"\s*\n\s*(?=(?:Human|Assistant):)")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 STEERLM_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 ROLES = {
@@ -24,6 +25,7 @@ OUR_ROLES = {"user", "assistant", "system"}
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TEXT_COLUMNS = ("chosen", "rejected", "response_0", "response_1")
 
+NO_PROMPT = "no prompt"
 EMPTY_PROMPT = "empty prompt"
 EMPTY_REPLY = "empty reply"
 DIFFERENT_PROMPTS = "dialogues that differ before their last turn"
@@ -82,6 +84,8 @@ def is_hh_dialogue(text: Any) -> bool:
 
 def read_hh_dialogue(text: str) -> Messages:
     """Split "Human: …\n\nAssistant: …" into messages; turns in a row by one speaker become one message."""
+    if "\n\nAssistant:" not in text:  # a copy with single or Windows line ends
+        text = HH_LINE.sub("\n\n", text)
     parts = HH_TURN.split(text if text.startswith("\n\n") else "\n\n" + text.lstrip())
     messages: Messages = []
     for speaker, said in zip(parts[1::2], parts[2::2], strict=True):
@@ -99,7 +103,9 @@ def read_steerlm(text: str) -> str | Messages:
     if len(parts) == 1:
         return text
     speakers = ["user", *(ROLES[speaker.lower()] for speaker in parts[1::2])]
-    messages: Messages = [message(role, said) for role, said in zip(speakers, parts[::2], strict=True) if said.strip()]
+    messages: Messages = [
+        message(role, said.strip("\n")) for role, said in zip(speakers, parts[::2], strict=True) if said.strip()
+    ]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
@@ -132,7 +138,7 @@ def group(prompt: Any, responses: Iterable[Any], **labels: Any) -> dict[str, Any
         prompt = as_messages(prompt, "user")
         responses = [as_messages(response, "assistant") for response in responses]
     if is_blank(prompt):
-        raise Unusable(EMPTY_PROMPT)
+        raise Unusable(NO_PROMPT if prompt in (None, []) else EMPTY_PROMPT)
     if any(map(is_blank, responses)):
         raise Unusable(EMPTY_REPLY)
     return {"prompt": prompt, "responses": responses, **labels}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 from mopo_trainer.data.adapters.dialogues import (
-    EMPTY_PROMPT,
+    NO_PROMPT,
     Messages,
     Row,
     Unusable,
@@ -71,19 +72,21 @@ def is_instruction_pair(row: Row) -> bool:
     if pair is None or is_scored(row) or not isinstance(row[pair[0]], str) or _history_column(row, row[pair[0]]):
         return False
     if row.get("prompt") is not None:
-        return pair != PAIRS[0]
+        return pair != PAIRS[0] and isinstance(row["prompt"], str)
     return text_prompt(row) is not None
 
 
 def is_dialogue_pair(row: Row) -> bool:
-    """Replies in messages beside a prompt in text, or turns that are not {"role", "content"}."""
+    """A prompt in text beside replies in messages, the other way round, or turns that are not {"role", "content"}."""
     pair = pair_columns(row)
-    if pair is None or is_scored(row) or not is_turns(row[pair[0]]) or _history_column(row, row[pair[0]]):
+    if pair is None or is_scored(row) or _history_column(row, row[pair[0]]):
         return False
     chosen = row[pair[0]]
-    if isinstance(chosen, dict) or any(turn.get("content") is None for turn in chosen):
-        return True
-    return text_prompt(row) is not None
+    if isinstance(chosen, str):
+        return is_turns(row.get("prompt"))
+    if not is_turns(chosen):
+        return False
+    return isinstance(chosen, Mapping) or chosen[0].get("content") is None or text_prompt(row) is not None
 
 
 def is_hh_pair(row: Row) -> bool:
@@ -113,7 +116,7 @@ def convert_pair(row: Row) -> Row:
     if context is not None:
         return _labelled(row, context, [first, second])
     if not (is_hh_dialogue(first) and is_hh_dialogue(second)):
-        raise Unusable(EMPTY_PROMPT)
+        raise Unusable(NO_PROMPT)
     return _labelled(row, *split_dialogues([read_hh_dialogue(first), read_hh_dialogue(second)]))
 
 

@@ -31,12 +31,14 @@ def _is_red_team(row: Row) -> bool:
 
 
 def _is_tree(row: Row) -> bool:
-    return "message_id" in row and "parent_id" in row
+    return "message_tree_id" in row or ("message_id" in row and "parent_id" in row)
 
 
 def _is_single(row: Row) -> bool:
-    replies = ("completion", "output", "response", "answer")
-    asked = any(row.get(column) is not None for column in ("prompt", "instruction", "question", "input", "context"))
+    replies = ("completion", "output", "response", "answer", "summary")
+    asked = any(
+        row.get(column) is not None for column in ("prompt", "instruction", "question", "input", "context", "info")
+    )
     return asked and any(isinstance(row.get(column), str) or is_turns(row.get(column)) for column in replies)
 
 
