@@ -443,6 +443,41 @@ def test_tools_that_are_not_read_are_said(caplog):
     assert "the column `tools` is not read" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SCORED, {**SCORED, "chosen": [assistant("Good.")], "rejected": [assistant("Bad.")]}),
+        (
+            {"instruction": "Q?", "chosen": "Good.", "rejected": "Bad."},
+            {"instruction": "Q?", "history": [["A?", "A."]], "chosen": "Good.", "rejected": "Bad."},
+        ),
+        (STRENGTH, {**STRENGTH, "prompt": "A?\n<extra_id_1>Assistant\nA.\n<extra_id_1>User\nB?"}),
+        (
+            {"prompt": "Q?", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+            {"prompt": "Human: Q?\n\nAssistant:", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+        ),
+    ],
+)
+def test_where_some_rows_are_messages_all_are(first, second):
+    for rows in ([first, second], [second, first]):
+        groups = to_groups(rows)
+        assert all(isinstance(prompt, list) for prompt in groups["prompt"])
+        assert groups["prompt"][rows.index(first)] == [user("Q?")]
+        assert all(isinstance(response, list) for responses in groups["responses"] for response in responses)
+
+
+def test_rows_of_two_sets_at_once_are_not_guessed():
+    row = {"history": "Q?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, **STRENGTH}
+    with pytest.raises(DataError, match=r"^row 0: has the columns of helpsteer2-preference and of shp; give adapter="):
+        to_groups([row])
+    assert to_groups([row], adapter="shp")["win_rate"] == [{"preferred": [1.0, 0.0]}]
+
+
+def test_labels_of_ours_among_rows_of_a_set_are_not_dropped():
+    with pytest.raises(DataError, match=r"^row 1: columns .*preference are not those of pku-saferlhf"):
+        to_groups([VOTED, {**VOTED, "preference": {"x": 0.25}}])
+
+
 def test_a_row_of_another_shape_is_named():
     with pytest.raises(DataError, match=r"^row 1: columns .* hold other kinds of values than dialogue-pairs has"):
         to_groups([{"prompt": "Q?", "chosen": [assistant("a")], "rejected": [assistant("b")]}, PAIR])

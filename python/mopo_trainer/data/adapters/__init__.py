@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Adapted = tuple[int, Row | str]  # row index, row in an accepted format or why it is left out
 
+LABELS = {"preference", "ratings", "comparisons", "win_rate"}
 ROWS_LOOKED_AT = 1000  # by which at least one row must have all the columns of its data set
 SHAPE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -34,26 +35,30 @@ class Adapter:
     recognises: Callable[[Row], bool]
     convert: Callable[[Any], Row]
     by_prompt: bool = False
+    speaks: Callable[[Row], bool] | None = None  # whether this row becomes messages, where some do and some do not
     reads: Callable[[Row], bool] | None = None  # rows that it takes when asked for by name; None: what it recognises
 
 
 ADAPTERS = (
     Adapter("hh-rlhf", pairs.is_hh_pair, pairs.convert_pair),
     Adapter("pku-saferlhf", verdicts.PKU.recognises, verdicts.PKU.convert, reads=verdicts.PKU.reads),
-    Adapter("ultrafeedback-binarized", pairs.is_scored_pair, pairs.convert_pair),
+    Adapter("ultrafeedback-binarized", pairs.is_scored_pair, pairs.convert_pair, speaks=pairs.speaks),
     Adapter("sharegpt-pairs", pairs.is_sharegpt_pair, pairs.convert_pair),
-    Adapter("instruction-pairs", pairs.is_instruction_pair, pairs.convert_pair),
+    Adapter("instruction-pairs", pairs.is_instruction_pair, pairs.convert_pair, speaks=pairs.speaks),
     Adapter("dialogue-pairs", pairs.is_dialogue_pair, pairs.convert_pair),
     Adapter("pku-saferlhf-single-dimension", verdicts.is_single_dimension, verdicts.SINGLE_DIMENSION.convert),
-    *(Adapter(verdict.name, verdict.recognises, verdict.convert) for verdict in verdicts.VERDICTS),
+    *(
+        Adapter(verdict.name, verdict.recognises, verdict.convert, speaks=verdict.speaks)
+        for verdict in verdicts.VERDICTS
+    ),
     Adapter("arena", verdicts.is_arena, verdicts.convert_arena),
     Adapter("arena-responses", verdicts.is_arena_responses, verdicts.convert_arena_responses),
     Adapter("webgpt", verdicts.is_webgpt, verdicts.convert_webgpt),
     Adapter("summarize-from-feedback", verdicts.is_summary_comparison, verdicts.convert_summary_comparison),
     Adapter("ultrafeedback", rated.is_ultrafeedback, rated.convert_ultrafeedback),
     Adapter("distilabel", rated.is_distilabel, rated.convert_distilabel),
-    Adapter("nectar", rated.is_nectar, rated.convert_nectar),
-    Adapter("helpsteer", rated.is_helpsteer, rated.convert_helpsteer, by_prompt=True),
+    Adapter("nectar", rated.is_nectar, rated.convert_nectar, speaks=rated.is_dialogue),
+    Adapter("helpsteer", rated.is_helpsteer, rated.convert_helpsteer, by_prompt=True, speaks=rated.is_dialogue),
     Adapter("beavertails", rated.is_beavertails, rated.convert_beavertails, by_prompt=True),
 )
 
@@ -85,7 +90,14 @@ def adapt(rows: list[Row], adapter: str | None = None, preferred: str = "preferr
     systems: dict[int, str] = {}
     if columns.intersection(SYSTEM_COLUMNS):
         systems = {index: text for index, row in enumerate(rows) if (text := system_of(row))}
-    return _in_one_form(adapted, systems, known)
+    if systems:
+        logger.warning(
+            "%d rows have a `system` column: it becomes the system message, and text becomes messages; "
+            "adapter='none' leaves it out",
+            len(systems),
+        )
+    chat = bool(systems) or (known is not None and known.speaks is not None and any(map(known.speaks, rows)))
+    return _in_messages(adapted, systems) if chat else adapted
 
 
 def has(row: Row, *columns: str) -> bool:
@@ -95,7 +107,7 @@ def has(row: Row, *columns: str) -> bool:
 
 def _is_labelled(row: Row) -> bool:
     """Whether the row has labels in a format of ours, so that no adapter should touch it."""
-    return any(isinstance(row.get(column), Mapping) for column in ("preference", "ratings", "comparisons", "win_rate"))
+    return not LABELS.isdisjoint(row) and any(isinstance(row.get(column), Mapping) for column in LABELS)
 
 
 def _is_ours(row: Row) -> bool:
@@ -104,14 +116,15 @@ def _is_ours(row: Row) -> bool:
 
 def _recognise(rows: list[Row]) -> Adapter | None:
     """The adapter of the first row that has one, if none before it is in a format of ours."""
-    for row in rows[:ROWS_LOOKED_AT]:
+    for index, row in enumerate(rows[:ROWS_LOOKED_AT]):
         if _is_labelled(row):
             return None
-        for known in ADAPTERS:
-            if known.recognises(row):
-                return known
-        if _is_ours(row):
-            return None
+        fitting = [known for known in ADAPTERS if known.recognises(row)]
+        if len(fitting) > 1:
+            names = " and of ".join(known.name for known in fitting)
+            raise DataError(f"row {index}: has the columns of {names}; give adapter='{fitting[0].name}' or the other")
+        if fitting or _is_ours(row):
+            return fitting[0] if fitting else None
     reason = refusal(rows[0])
     if reason:
         raise DataError(f"row 0: {reason} (columns: {_columns(rows[0])})")
@@ -129,7 +142,7 @@ def _refuse_media(rows: list[Row], columns: set[str]) -> None:
 
 
 def _convert(rows: list[Row], adapter: Adapter) -> Iterator[Adapted]:
-    recognised = [adapter.recognises(row) for row in rows]
+    recognised = [adapter.recognises(row) and not _is_labelled(row) for row in rows]
     whole = next((row for row, known in zip(rows, recognised, strict=True) if known), None)
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
@@ -178,27 +191,17 @@ def _renamed(row: Row | str, preferred: str) -> Row | str:
         return row
     labels = {
         column: {preferred if name == "preferred" else name: values for name, values in row[column].items()}
-        for column in ("preference", "ratings", "comparisons")
+        for column in LABELS
         if column in row
     }
     return {**row, **labels}
 
 
-def _in_one_form(adapted: Iterable[Adapted], systems: Mapping[int, str], known: Adapter | None) -> Iterable[Adapted]:
-    """All rows in messages if some are, because an adapter or a system column made them so."""
-    if not (known or systems):
-        return adapted
-    if systems:
-        logger.warning(
-            "%d rows have a `system` column: it becomes the system message, and text becomes messages; "
-            "adapter='none' leaves it out",
-            len(systems),
-        )
-        adapted = [(index, _with_system(row, systems.get(index))) for index, row in adapted]
-    adapted = list(adapted)
-    if len({is_chat(row) for _, row in adapted if not isinstance(row, str)}) < 2:
-        return adapted
-    return [(index, row if isinstance(row, str) else as_chat(row)) for index, row in adapted]
+def _in_messages(adapted: Iterable[Adapted], systems: Mapping[int, str]) -> Iterator[Adapted]:
+    """All rows in messages, those of `systems` with their system message."""
+    for index, row in adapted:
+        row = _with_system(row, systems.get(index))
+        yield index, row if isinstance(row, str) or is_chat(row) else as_chat(row)
 
 
 def _with_system(row: Row | str, system: str | None) -> Row | str:

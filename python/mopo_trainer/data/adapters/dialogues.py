@@ -97,6 +97,11 @@ def read_hh_dialogue(text: str) -> Messages:
     return messages
 
 
+def is_steerlm(text: Any) -> bool:
+    """Whether text has HelpSteer's marks of turns."""
+    return isinstance(text, str) and "<extra_id_1>" in text
+
+
 def read_steerlm(text: str) -> str | Messages:
     """Split HelpSteer's "…\\n<extra_id_1>Assistant\\n…\\n<extra_id_1>User\\n…"; a single turn stays text."""
     parts = STEERLM_TURN.split(text)

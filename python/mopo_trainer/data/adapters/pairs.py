@@ -32,8 +32,9 @@ SCORES = (
     ("rating_chosen", "rating_rejected"),
 )
 SCORE_COLUMNS = {column for columns in SCORES for column in columns}
+ASKS = {"instruction", "question", "input"}
 ASKING = ("user", "human", "prompter", "tool", "observation")
-HISTORIES = ("conversations", "trajectory", "context", "messages")  # turns before the reply
+HISTORIES = {"conversations", "trajectory", "context", "messages"}  # turns before the reply
 
 
 def pair_columns(row: Row) -> tuple[str, str] | None:
@@ -103,6 +104,15 @@ def is_hh_prompt(prompt: Any) -> bool:
     return is_hh_dialogue(prompt) and prompt.rstrip().endswith("Assistant:")
 
 
+def speaks(row: Row) -> bool:
+    """Whether the pair becomes messages."""
+    pair = pair_columns(row)
+    written = pair is not None and isinstance(row[pair[0]], str)
+    if not written or row.get("history") or is_turns(row.get("prompt")) or is_hh_prompt(row.get("prompt")):
+        return True
+    return text_prompt(row) is None
+
+
 def convert_pair(row: Row) -> Row:
     first, second = (row[column] for column in pair_columns(row) or PAIRS[0])
     if isinstance(first, str) != isinstance(second, str):
@@ -141,10 +151,10 @@ def _overlap(first: str, second: str) -> bool:
 
 def _history_column(row: Row, reply: Any) -> str | None:
     """The column of the turns up to the user's last; whole dialogues need none, nor do prompts that it leaves out."""
-    if isinstance(reply, list) and len(reply) > 1:
+    if HISTORIES.isdisjoint(row) or (isinstance(reply, list) and len(reply) > 1):
         return None
     prompt = text_prompt(row)
-    for column in HISTORIES:
+    for column in HISTORIES.intersection(row):
         if is_turns(row.get(column)):
             last = row[column][-1]
             asked = last.get("content") or last.get("value") or last.get("text")
@@ -170,6 +180,8 @@ def text_prompt(row: Row) -> str | None:
     """The prompt in text: `instruction` with its `input`, or the one column that asks, if nothing else does."""
     if isinstance(row.get("prompt"), str):
         return row["prompt"]
+    if ASKS.isdisjoint(row):
+        return None
     instruction, question, given = (row.get(column) for column in ("instruction", "question", "input"))
     if isinstance(row.get("context"), str):
         return None

@@ -10,6 +10,7 @@ from mopo_trainer.data.adapters.dialogues import (
     Unusable,
     group,
     is_blank,
+    is_steerlm,
     is_turns,
     read_hh_dialogue,
     read_steerlm,
@@ -31,6 +32,11 @@ def rated_group(prompt: Any, replies: list[Any], ratings: Mapping[str, list[Any]
     if all(len(kept) - values.count(None) < 2 for values in by_name.values()):
         raise Unusable("fewer than two ratings")
     return group(prompt, [replies[index] for index in kept], ratings=by_name)
+
+
+def is_dialogue(row: Row) -> bool:
+    """Whether the prompt in text is a dialogue of several turns."""
+    return is_steerlm(row.get("prompt")) or is_hh_prompt(row.get("prompt"))
 
 
 # --------------------------------------------------------- openbmb/UltraFeedback: completions rated 1 to 5 by GPT-4

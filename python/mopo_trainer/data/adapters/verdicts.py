@@ -13,6 +13,7 @@ from mopo_trainer.data.adapters.dialogues import (
     Row,
     Unusable,
     group,
+    is_steerlm,
     is_turns,
     read_steerlm,
     read_turns,
@@ -50,6 +51,10 @@ class Verdict:
 
     def recognises(self, row: Row) -> bool:
         return self.reads(row) and list(self.objectives.values())[-1] in row
+
+    def speaks(self, row: Row) -> bool:
+        prompt = row.get(self.columns[0])
+        return isinstance(prompt, list) or is_steerlm(prompt)
 
     def convert(self, row: Row) -> Row:
         prompt, *replies = (row[column] for column in self.columns)
