@@ -391,8 +391,9 @@ def test_prompts_are_not_guessed_among_several():
     for columns in ({"question": "Q?", "context": "A passage."}, {"question": "Q?", "input": "A passage."}):
         with pytest.raises(DataError, match="no `prompt` beside plain-text responses"):
             to_groups([{**columns, **pair}])
-    dialogue = [user("Another?"), assistant("Good.")]
-    assert to_groups([{**PAIR, "messages": dialogue}])["prompt"] == ["Q?"]
+    for dialogue in ([user("Another?"), assistant("Good.")], [user("Another?")]):
+        assert to_groups([{**PAIR, "messages": dialogue}])["prompt"] == ["Q?"]
+    assert to_groups([{**PAIR, "messages": [*SHARED[:2], user("Q?")]}])["prompt"] == [[*SHARED[:2], user("Q?")]]
 
 
 @pytest.mark.parametrize(
