@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from mopo_trainer.thresholds import parse_thresholds
 from mopo_trainer.training.elsewhere import whats_instead
 from mopo_trainer.training.options import MOPOOptions
-from mopo_trainer.training.refused import refuse
+from mopo_trainer.training.refused import refuse_options, refuse_values
 
 
 @dataclass
@@ -35,8 +35,9 @@ class MOPOConfig(MOPOOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         _mend_types(self)
+        refuse_options(self)
         super().__post_init__()
-        refuse(self)
+        refuse_values(self)
         for name in ("tau", "multiplier_lr", "chi_lr", "barrier_sigma", "barrier_delta", "lag_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import MISSING
 
 from transformers import TrainingArguments
 
 _EVALUATION = "evaluation reads the log-probs of whole responses and has its own metrics; leave it out"
 _EVAL_TYPE = "evaluation runs in the type that training runs in; set bf16 or the model's dtype"
+_SHARDED = (
+    "the loss reads the head's whole weight, and splitting it over processes was never tried; "
+    "start a process per GPU with torchrun, or train an adapter"
+)
 _LENGTHS = "a batch holds groups of several responses, which have no one length; leave it out"
 _LIGER = "its fused head would stand beside ours, which is fused already; leave it out"
 _RENAMED = "a checkpoint is renamed once it is whole, which its upload would not find; use every_save"
@@ -30,6 +35,9 @@ REFUSED = {
     "auto_find_batch_size": "it starts over with weights that have moved, which are no reference any more; set "
     "per_device_train_batch_size",
     "parallelism_config": "sequences and weights split in its ways were never tried; leave it out",
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
     "do_predict": "nothing is predicted; leave it out",
     "remove_unused_columns": "it would drop the labels; leave it False",
 }
@@ -37,18 +45,23 @@ REFUSED_VALUES = {
     ("train_sampling_strategy", "group_by_length"): _LENGTHS,
     ("train_sampling_strategy", "batch_rebalance"): _LENGTHS,
     ("hub_strategy", "checkpoint"): _RENAMED,
-    (
-        "hub_strategy",
-        "all_checkpoints",
-    ): _RENAMED,
+    ("hub_strategy", "all_checkpoints"): _RENAMED,
 }
 
 
-def refuse(args: TrainingArguments) -> None:
-    """Raises ValueError for the first option of `args` that is set and would do nothing or something wrong."""
+def refuse_options(args: TrainingArguments) -> None:
+    """Raises ValueError for the first option of REFUSED that is set; called before transformers acts on any."""
     for name, reason in REFUSED.items():
-        if getattr(args, name) != _default(args, name):
-            raise ValueError(f"{name}={getattr(args, name)!r}: {reason}")
+        value, default = getattr(args, name), _default(args, name)
+        if value != default and (value or default):  # "" and False are as good as None
+            raise ValueError(f"{name}={value!r}: {reason}")
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # of `accelerate launch`
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ValueError(f"{variable}: {_SHARDED}")
+
+
+def refuse_values(args: TrainingArguments) -> None:
+    """Raises ValueError for the first combination of values that would do nothing or something wrong."""
     for (name, value), reason in REFUSED_VALUES.items():
         if getattr(args, name) == value:
             raise ValueError(f"{name}={value}: {reason}")

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer import SCHEDULER_NAME
 
 from mopo_kernels import MOPODual
 
@@ -38,7 +39,12 @@ class RunState(NamedTuple):
         return cls(_under("dual.", named), _under("reference.", named))
 
     def check(self, dual: MOPODual, checkpoint: str, *, needs_reference: bool) -> None:
-        """Raises ValueError where the arguments have changed in a way that the state cannot follow."""
+        """Raises ValueError where the arguments have changed as the state cannot follow, or half of it is absent."""
+        if not Path(checkpoint, SCHEDULER_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: it holds no state of the optimizer (save_only_model); start a "
+                "new run from its model"
+            )
         saved = dict(zip(dual.secondaries, self.dual["floors"].tolist(), strict=True))
         wanted = dict(zip(dual.secondaries, dual.floors.tolist(), strict=True))
         changed = [f"{name} {saved[name]:g} → {wanted[name]:g}" for name in saved if saved[name] != wanted[name]]

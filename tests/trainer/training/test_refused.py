@@ -34,9 +34,9 @@ hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best
 ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu accelerator_config
 dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy
-ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
-fsdp_config deepspeed debug skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank torch_compile
-torch_compile_backend torch_compile_mode
+ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug
+skip_memory_metrics do_train do_eval resume_from_checkpoint local_rank torch_compile torch_compile_backend
+torch_compile_mode
 """
 
 
@@ -60,6 +60,9 @@ def test_what_would_do_nothing_is_refused_by_name(tmp_path, name):
         "length_column_name": "tokens",
         "liger_kernel_config": {"rope": True},
         "parallelism_config": object(),
+        "fsdp": "full_shard",
+        "fsdp_config": {"version": 2},
+        "deepspeed": "zero3.json",
     }.get(name, not default)
     with pytest.raises(ValueError, match=f"^{name}=.*: .* "):
         MOPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
@@ -81,11 +84,18 @@ def test_values_that_would_go_wrong_are_refused(tmp_path, options, message):
 
 
 def test_what_a_file_of_another_trainer_says_anyway_is_taken(tmp_path):
-    options = {"do_train": True, "label_smoothing_factor": 0.0, "remove_unused_columns": False, "label_names": None}
+    options = {"do_train": True, "label_smoothing_factor": 0.0, "remove_unused_columns": False, "fsdp": ""}
     args = MOPOConfig(output_dir=str(tmp_path), use_cpu=True, eval_strategy="steps", do_eval=True, **options)
     assert args.do_eval
     copied = MOPOConfig(**{name: getattr(args, name) for name, f in args.__dataclass_fields__.items() if f.init})
     assert copied.to_dict() == args.to_dict()
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_accelerate_launch_asks_for_is_refused_too(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"{variable}: .*splitting it over processes was never tried"):
+        MOPOConfig(output_dir=str(tmp_path), use_cpu=True)
 
 
 def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):

@@ -378,6 +378,10 @@ def test_resuming_with_other_arguments_is_refused(tmp_path, tiny_model, tokenize
     changed = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, lag_steps=1)
     with pytest.raises(ValueError, match="holds no reference log-probs"):
         changed.train(resume_from_checkpoint=True)
+    only_model = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, save_only_model=True, **saved)
+    only_model.train()
+    with pytest.raises(ValueError, match=r"holds no state of the optimizer \(save_only_model\)"):
+        only_model.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("policy_step", ["contrast", "regress"])
