@@ -218,6 +218,11 @@ def test_pairs_that_quote_a_dialogue_are_not_hh_rlhf():
     assert to_groups([row])["responses"] == [[row["chosen"], row["rejected"]]]
 
 
+def test_a_prompt_that_only_names_the_speakers_is_not_hh_rlhf():
+    row = {**PAIR, "prompt": "Human: and Assistant:"}
+    assert to_groups([row])["prompt"] == [row["prompt"]]
+
+
 def test_adapter_by_name():
     pair = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}
     assert to_groups([pair], adapter="pku-saferlhf")["win_rate"][0]["helpful"] == [0.0, 1.0]
@@ -259,6 +264,7 @@ BATTLE = {
     "conversation_a": [user("Q?"), assistant("a"), user("More?"), assistant("c")],
     "conversation_b": [user("Q?"), assistant("a"), user("More?"), assistant("d")],
 }
+SUMMARY = {"info": {"post": "Post."}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
 SHARED = [user("A?"), assistant("A."), user("B?")]
 
 
@@ -269,6 +275,9 @@ SHARED = [user("A?"), assistant("A."), user("B?")]
         (SCORED, {"chosen": " "}, "empty reply"),
         (SCORED, {"prompt": ""}, "empty prompt"),
         (SCORED, {"prompt": None}, "no prompt"),
+        (SUMMARY, {"info": {"title": "Title"}}, "no prompt"),
+        (SUMMARY, {"choice": None}, "no verdict"),
+        (SUMMARY, {"summaries": [{"text": "a"}, {"text": "b"}, {"text": "c"}]}, "no verdict"),
         (SCORED, {"rejected": None}, "no `rejected`"),
         (SCORED, {"rejected": [assistant("Bad.")]}, "text against messages"),
         (VOTED, {"better_response_id": None, "safer_response_id": None}, "no verdict"),

@@ -79,7 +79,7 @@ def _joined(content: Any) -> Any:
 
 def is_hh_dialogue(text: Any) -> bool:
     """Whether text begins with a turn of Human's or Assistant's and has one of Assistant's."""
-    return isinstance(text, str) and HH_START.match(text) is not None and "Assistant:" in text
+    return isinstance(text, str) and HH_START.match(text) is not None and "\nAssistant:" in text
 
 
 def read_hh_dialogue(text: str) -> Messages:

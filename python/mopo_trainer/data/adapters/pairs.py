@@ -101,7 +101,7 @@ def is_hh_pair(row: Row) -> bool:
 
 
 def is_hh_prompt(prompt: Any) -> bool:
-    return is_hh_dialogue(prompt) and prompt.rstrip().endswith("Assistant:")
+    return is_hh_dialogue(prompt) and prompt.rstrip().endswith("\nAssistant:")
 
 
 def speaks(row: Row) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mopo_trainer.data.adapters.dialogues import (
     DIFFERENT_PROMPTS,
+    NO_PROMPT,
     Messages,
     Row,
     Unusable,
@@ -182,12 +183,11 @@ def is_summary_comparison(row: Row) -> bool:
 def convert_summary_comparison(row: Row) -> Row:
     """The prompt is OpenAI's: subreddit, title and post, or title and article, then "TL;DR:"."""
     info = row["info"]
-    if info.get("post"):
-        prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
-    elif info.get("article"):
-        prompt = f"TITLE: {info['title']}\n\n{info['article']}\n\nTL;DR:"
-    else:
-        prompt = ""
+    text = f"POST: {info['post']}" if info.get("post") else info.get("article")
+    if not text:
+        raise Unusable(NO_PROMPT)
+    heads = {"SUBREDDIT: r/": info.get("subreddit"), "TITLE: ": info.get("title")}
+    prompt = "\n\n".join([*(head + value for head, value in heads.items() if value), text, "TL;DR:"])
     outcome = FIRST_IS_0.get(row["choice"])
     if outcome is None or len(row["summaries"]) != 2:
         raise Unusable(NO_VERDICT)
