@@ -139,6 +139,8 @@ def _top_level(path: Path) -> Iterator[tuple[str, yaml.Node, YamlLoader]]:
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{path}: expected lines of the form `name: value`")
         loader.flatten_mapping(root)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -200,6 +200,9 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
     file = Path(tmp_path / "config.yml")
     file.write_text("\ufeff" + BASE + "seed: 7\n", encoding="utf-8")
     assert parse_arguments([str(file)])[1].seed == 7
+    file.write_bytes(b"run_name: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"config.yml: not UTF-8 text at byte 13"):
+        parse_arguments([str(file)])
 
 
 def test_merged_keys_and_anchors(tmp_path):
