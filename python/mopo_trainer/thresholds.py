@@ -22,7 +22,7 @@ def parse_thresholds(thresholds: Mapping[str, float] | Sequence[str] | None) -> 
 
 
 def _split(entry: str) -> tuple[str, str]:
-    name, equals, value = entry.partition("=")
+    name, equals, value = entry.rpartition("=")
     if not name or not equals:
         raise ValueError(f"threshold {entry!r} is not of the form objective=value, for example brevity=0.6")
     return name, value

@@ -265,6 +265,13 @@ def _add_label_options(parser: Parser) -> None:
         help="P = sigmoid(rating difference / S) instead of 1, 1/2, 0",
     )
     parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
+    parser.add_argument(
+        "--on-bad-row",
+        "--on_bad_row",
+        choices=["error", "skip"],
+        default="error",
+        help="rows that cannot be read: refuse them (default), or leave them out and count them",
+    )
     parser.add_argument("--adapter", metavar="NAME", help="read FILE as this public data set instead of guessing")
     parser.add_argument(
         "--preferred",
@@ -341,6 +348,7 @@ def _label_problem(args: argparse.Namespace) -> Any:
         scorers=args.scorer,
         rating_scale=args.rating_scale,
         adapter=args.adapter,
+        on_bad_row=args.on_bad_row,
         preferred=args.preferred,
         tau=0.08 if args.tau is None else args.tau,
         eps=args.eps,

@@ -166,6 +166,7 @@ def load_problem(
     scorers: Sequence[str] = (),
     tau: float = 0.08,
     eps: float | Literal["auto"] = 0.0,
+    on_bad_row: Literal["error", "skip"] = "error",
     **reading: Any,
 ) -> LabelProblem:
     """Read label data (`mopo_trainer.data.to_groups`) and put the primary first.
@@ -174,6 +175,7 @@ def load_problem(
         primary: the objective to maximise; None takes the first that the data names.
         eps: radius of the robust bounds, "auto" as `mopo_kernels.objective.dual.auto_eps` finds it.
         objectives: the secondaries to keep; all of them if empty.
+        on_bad_row: "skip" leaves out rows that cannot be read and counts them.
         reading: further options of `to_groups`.
 
     Raises:
@@ -183,8 +185,8 @@ def load_problem(
     check_tau(tau)
     if eps != "auto":
         check_eps(eps)
-    rows = data.load_rows(source, split=split)
-    groups = data.to_groups(rows, scorers=load_scorers(scorers), **reading)
+    rows = data.load_rows(source, split=split, on_bad_row=on_bad_row)
+    groups = data.to_groups(rows, scorers=load_scorers(scorers), on_bad_row=on_bad_row, **reading)
     names = data.objectives(groups)
     for wanted in filter(None, (primary, *objectives)):
         if wanted not in names:

@@ -76,7 +76,7 @@ def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, D
     """Training groups and held-out groups, or sets of them by name, scorers applied (the trainer is told so)."""
 
     def read(source: str, split: str) -> Dataset:
-        rows = data.load_rows(source, split=split, name=script.dataset_config)
+        rows = data.load_rows(source, split=split, name=script.dataset_config, on_bad_row=config.on_bad_row)
         scorers = load_scorers(config.scorers or [])
         return data.to_groups(
             rows,
@@ -84,6 +84,7 @@ def load_groups(script: ScriptArguments, config: MOPOConfig) -> tuple[Dataset, D
             rating_scale=config.rating_scale,
             adapter=script.adapter,
             preferred=script.preferred,
+            on_bad_row=config.on_bad_row,
         )
 
     groups = read(script.dataset or "", script.dataset_split)

@@ -3,9 +3,10 @@
 `rows.to_groups` turns every accepted format into one table of groups, and everything downstream sees nothing else.
 """
 
+from mopo_trainer.data.errors import DataError
 from mopo_trainer.data.labels import labels, objectives, split_groups
 from mopo_trainer.data.rows import to_groups
-from mopo_trainer.data.sources import DataError, load_rows
+from mopo_trainer.data.sources import load_rows
 from mopo_trainer.data.texts import plain_text
 from mopo_trainer.data.tokens import tokenize_group
 

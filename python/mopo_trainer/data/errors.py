@@ -54,16 +54,14 @@ class BadRows:
         total = kept + reasons.total()
         if bad and not self.skip:
             counted = f": {_listed(self.bad)}" if len(self.bad) > 1 else ""
-            are = "row is bad" if bad == 1 else "rows are bad"
+            are = "row is bad" if total == 1 else "rows are bad"
             raise DataError(f"{self.first} ({bad} of {total} {are}{counted}; on_bad_row=skip leaves out such rows)")
         if reasons and not kept:
             first = f" (the first: {self.first})" if self.first else ""
             raise DataError(f"every row was left out: {_listed(reasons)}{first}")
         if reasons:
             prefix = f"{source}: " if source else ""
-            logger.warning(
-                "%s%d of %d rows or prompts left out: %s", prefix, reasons.total(), total, _listed(reasons)
-            )
+            logger.warning("%s%d of %d rows or prompts left out: %s", prefix, reasons.total(), total, _listed(reasons))
 
 
 def _listed(reasons: Counter[str], most: int = 5) -> str:

@@ -11,42 +11,46 @@ and everything downstream sees nothing else. Objectives stand in the order in wh
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
 
 from mopo_trainer.data.adapters import adapt, has
 from mopo_trainer.data.adapters.dialogues import replies_to
+from mopo_trainer.data.errors import BadRows, DataError, OnBadRow
 from mopo_trainer.data.labels import FORMATS, FloatArray, Group, Label, tie_equal_responses, win_rates
 from mopo_trainer.data.scorers import Scorer
-from mopo_trainer.data.sources import DataError
+from mopo_trainer.data.sources import FileRows
 from mopo_trainer.data.texts import Text, without_nulls
+from mopo_trainer.data.values import PlainValues
 
-logger = logging.getLogger(__name__)
-
+Rows: TypeAlias = "Dataset | Sequence[Mapping[str, Any]] | pd.DataFrame"
 PAIR_COLUMNS = (("chosen", "rejected"), ("response_0", "response_1"))
 
 
 def to_groups(
-    rows: Dataset | Sequence[Mapping[str, Any]],
+    rows: Rows,
     *,
     scorers: Mapping[str, Scorer] | None = None,
     rating_scale: float | None = None,
     adapter: str | None = None,
     preferred: str = "preferred",
+    on_bad_row: OnBadRow = "error",
 ) -> Dataset:
     """Turn rows in any accepted format, which may change from row to row, into groups; groups come back as they are.
 
     A row holds its responses as `chosen` and `rejected`, `response_0` and `response_1`, or `responses`, and its labels
     as `preference`, `ratings`, `comparisons` or several of them for different objectives; null is unlabelled. Columns
     of other names are ignored. Two dialogues (messages) without a prompt have what they begin with in common as theirs.
+    NaN is null, half a character (a lone surrogate) becomes U+FFFD, and both are said; a content that is a list of
+    text parts is their concatenation.
 
     Args:
         scorers: {objective: function of (prompt, response)}: objectives to compute from the text, ties 1/2.
@@ -54,44 +58,65 @@ def to_groups(
         adapter: which public data set the rows come from (`data/adapters`); None recognises it by its columns,
             "none" looks for none.
         preferred: the objective that chosen beats rejected on, in rows without `preference`.
+        on_bad_row: "skip" leaves out rows that cannot be used (empty replies, labels out of range ..) and says how many
+            and why; "error" refuses them.
 
     Raises:
-        DataError: names the file and row (from 0), the value and what to do about it.
+        DataError: names the file, the row (from 0) and its line, the value and what to do about it, and how many rows
+            are bad.
     """
     source = isinstance(rows, Dataset) and rows.info.dataset_name
     try:
         if rating_scale is not None and not 0 < rating_scale < math.inf:
             raise DataError(f"rating_scale={rating_scale}: give a positive number, or None for hard comparisons")
+        _check_objective(preferred)
+        bad = BadRows(on_bad_row)
         if len(rows) == 0:
             raise DataError("the dataset is empty; give at least one row")
-        plain_rows = rows.to_list() if isinstance(rows, Dataset) else list(rows)
-        groups = _read_groups(plain_rows, adapter, preferred)
+        groups = _read_groups(rows, adapter, preferred, bad)
         return _tabulate(groups, win_rates(groups, scorers or {}, rating_scale))
     except DataError as error:
         raise DataError(f"{source}: {error}" if source else str(error)) from error.__cause__
 
 
-def _read_groups(rows: list[Mapping[str, Any]], adapter: str | None, preferred: str) -> list[Group]:
-    groups: list[Group] = []
-    left_out: Counter[str] = Counter()
-    for index, row in adapt(rows, adapter, preferred):
+def _read_groups(rows: Rows, adapter: str | None, preferred: str, bad: BadRows) -> list[Group]:
+    places, plain_rows = _plain_rows(rows, bad)
+    groups: list[tuple[str, Group]] = []
+    for index, row in adapt(plain_rows, adapter, preferred) if plain_rows else ():
         if isinstance(row, str):
-            left_out[row] += 1
+            bad.leave_out(row)
             continue
         try:
-            groups.append(_read_group(row, preferred))
-            if isinstance(groups[0].prompt, str) != isinstance(groups[-1].prompt, str):
-                raise DataError("plain text and messages in one dataset; write every row the same way")
+            groups.append((places[index], _read_group(row, preferred)))
         except DataError as error:
-            raise DataError(f"row {index}: {error}") from None
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-    if not groups:
-        raise DataError(f"every row was left out: {reasons}")
-    if left_out:
-        logger.warning(
-            "%d of %d rows or prompts left out: %s", left_out.total(), left_out.total() + len(groups), reasons
-        )
-    return tie_equal_responses(groups)
+            bad.add(places[index], error)
+    kinds = Counter(isinstance(group.prompt, str) for _, group in groups)
+    for place, group in groups:
+        if isinstance(group.prompt, str) != kinds.most_common(1)[0][0]:
+            bad.add(place, DataError("plain text and messages in one dataset; write every row the same way"))
+    kept = [group for _, group in groups if isinstance(group.prompt, str) == kinds.most_common(1)[0][0]]
+    bad.report(len(kept), rows.info.dataset_name if isinstance(rows, Dataset) else None)
+    return tie_equal_responses(kept)
+
+
+def _plain_rows(rows: Rows, bad: BadRows) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """Where every row stands, and the row as plain values."""
+    values = PlainValues()
+    places: list[str] = []
+    plain: list[Mapping[str, Any]] = []
+    if isinstance(rows, pd.DataFrame):
+        raw: list[Any] = rows.to_dict("records")
+    else:
+        raw = rows.to_list() if isinstance(rows, Dataset) else list(rows)
+    for index, row in enumerate(raw):
+        place = rows.place(index) if isinstance(rows, FileRows) else f"row {index}"
+        try:
+            plain.append(values.row(row))
+            places.append(place)
+        except DataError as error:
+            bad.add(place, error)
+    values.report(rows.info.dataset_name if isinstance(rows, Dataset) else None)
+    return places, plain
 
 
 def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
@@ -104,6 +129,8 @@ def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
         if not isinstance(by_objective, Mapping):
             raise DataError(f"`{column}` is {_shown(by_objective)}; write {{objective: ..}}")
         for name, value in by_objective.items():
+            if value is not None:
+                _check_objective(name)
             if value is None:
                 labels.setdefault(name, None)
             elif labels.get(name) is None:
@@ -113,6 +140,11 @@ def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
                     f"duplicate objective names: {name!r} is labelled again in `{column}`; rename one of them"
                 )
     return Group(prompt, responses, labels)
+
+
+def _check_objective(name: Any) -> None:
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise DataError(f"the objective's name is {name!r}; write a name, without spaces around it")
 
 
 def _read_texts(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
@@ -153,16 +185,37 @@ def _read_text(name: str, text: Any) -> Text:
         if text.strip():
             return text
     elif isinstance(text, list) and all(isinstance(message, Mapping) for message in text):
-        messages = without_nulls(text)
+        messages = [_with_text(name, message) for message in without_nulls(text)]
         if not all(isinstance(message.get("role"), str) for message in messages):
-            raise DataError(f"a message of the {name} has no role; write {{role, content}}")
+            keys = ", ".join(dict.fromkeys(key for message in messages for key in message))
+            raise DataError(f"a message of the {name} has no role (keys: {keys}); write {{role, content}}")
         if not all(isinstance(message.get("content"), str) for message in messages):
             raise DataError(f"a message of the {name} has no text as its content; write {{role, content}}")
         if any(message["content"].strip() for message in messages):
             return messages
     elif text is not None:
         raise DataError(f"the {name} is {_shown(text)}; write text or a list of messages {{role, content}}")
-    raise DataError(f"the {name} is empty; write its text or remove the row")
+    empty = f"empty {'prompt' if name == 'prompt' else 'reply'}"
+    raise DataError(f"the {name} is empty; write its text or remove the row", empty)
+
+
+def _with_text(name: str, message: dict[str, Any]) -> dict[str, Any]:
+    """The message, its content as one text if it came in parts."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    texts = []
+    for part in parts:
+        kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise DataError(
+                f"a message of the {name} has a part of type {kind!r} ({_shown(part)}); only text is trained on, "
+                "leave out such rows",
+                f"a part of type {kind!r}",
+            )
+        texts.append(text)
+    return {**message, "content": "".join(texts)}
 
 
 def _read_preference(name: str, value: Any, n: int) -> Label:
@@ -194,7 +247,9 @@ def _read_ratings(name: str, value: Any, n: int) -> Label:
     ratings = _one_per_response(name, value, n)
     for rating in ratings:
         if rating is not None and not (isinstance(rating, Real) and math.isfinite(rating)):
-            raise DataError(f"{name}: got {_shown(rating)}; give a finite number, or null where nobody rated")
+            raise DataError(
+                f"{name}: got {_shown(rating)}; give a finite number, or null where nobody rated{_quoted(rating)}"
+            )
     return Label("ratings", ratings)
 
 
@@ -214,7 +269,12 @@ LABEL_COLUMNS: dict[str, Callable[[str, Any, int], Label]] = {
 def _probability(name: str, value: Any) -> float:
     if isinstance(value, Real) and 0 <= float(value) <= 1:
         return float(value)
-    raise DataError(f"{name}: got {_shown(value)}; give a probability from 0 to 1, or null where nobody judged")
+    mend = f"give a probability from 0 to 1, or null where nobody judged{_quoted(value)}"
+    raise DataError(f"{name}: got {_shown(value)}; {mend}")
+
+
+def _quoted(value: Any) -> str:
+    return ", without quotes" if isinstance(value, str) else ""
 
 
 def _one_per_response(name: str, value: Any, n: int) -> list[Any]:

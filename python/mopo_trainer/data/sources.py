@@ -26,6 +26,7 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 KINDS = f"{', '.join(JSON_SUFFIXES)}, .parquet, .arrow, or one of these as .gz, .bz2, .xz, .zst, .zip"
 FILE_NAME = re.compile(r".*\.(jsonl|json|ndjson|parquet|arrow|csv|tsv|gz|bz2|xz|zst|zip)")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MOST_DEPTH = 32  # schemas of more than 64 levels cannot be exchanged between Arrow's libraries
 MOST_KEYS = 1000  # an object per row with names of its own (ids, say) would become a table of rows × names
 LIBRARY_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, KeyError, pa.ArrowException)
 
@@ -143,12 +144,16 @@ def _column(values: list[Any]) -> pa.Array:
         names = {key for value in values if isinstance(value, dict) for key in value}
         if len(names) <= MOST_KEYS:
             column = pa.array(values)
-            pa.schema([("", column.type)]).serialize()
-            return column
+            if _depth(column.type) <= MOST_DEPTH:
+                return column
     except (pa.ArrowException, OverflowError, TypeError):
         pass
     texts = [None if value is None else json.dumps(value) for value in values]
     return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+
+
+def _depth(kind: pa.DataType) -> int:
+    return 1 + max((_depth(kind.field(i).type) for i in range(kind.num_fields)), default=0)
 
 
 # ---------------------------------------------------------------------------------------------- directories, the hub

@@ -40,7 +40,7 @@ class PlainValues:
         except RecursionError:
             raise DataError("nested too deeply; write flat rows", "nested too deeply") from None
         if not isinstance(plain, dict):
-            raise DataError(f"got {repr(plain)[:40]}; write one object, {{column: value}}, per row", "no object")
+            raise DataError(f"got {str(plain)[:40]!r}; write one JSON object, {{...}}, per row", "no object")
         return plain
 
     def plain(self, value: Any) -> Any:

@@ -13,8 +13,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from mopo_trainer.data import load_rows, to_groups
+from mopo_trainer.data.errors import DataError, OnBadRow
 from mopo_trainer.data.scorers import load_scorers
-from mopo_trainer.data.sources import DataError
 from mopo_trainer.data.tokens import TokenizedGroups, tokenize_groups
 from mopo_trainer.training.config import MOPOConfig
 
@@ -23,23 +23,24 @@ Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 MOST_STREAMED = 1_000_000  # rows: a stream beyond it has no end, or none that fits into memory
 
 
-def read_rows(source: Any, argument: str, *, split: str = "train") -> Rows:
+def read_rows(source: Any, argument: str, *, split: str = "train", on_bad_row: OnBadRow = "error") -> Rows:
     """The rows of one data set, whole: the multipliers are solved on all labels before the first step.
 
     Args:
         source: rows; a Dataset, pandas DataFrame or pyarrow Table; a stream (IterableDataset, generator), read to its
             end; a path or hub name as `load_rows` takes it; of a DatasetDict the rows of `split`.
         argument: what the message of an error calls it.
+        on_bad_row: of a path, what becomes of lines that cannot be read.
 
     Raises:
         DataError: no such split, a stream of more than MOST_STREAMED rows, rows that are no mappings, another type.
     """
     if isinstance(source, str | Path):
-        return load_rows(source, split=split)
+        return load_rows(source, split=split, on_bad_row=on_bad_row)
     if isinstance(source, Mapping):
         if split not in source:
             raise DataError(f"{argument} is a dict of {_names(source)} without {split!r}; give the rows of one split")
-        return read_rows(source[split], f"{argument}[{split!r}]")
+        return read_rows(source[split], f"{argument}[{split!r}]", on_bad_row=on_bad_row)
     if isinstance(source, Dataset):
         return source
     if isinstance(source, pd.DataFrame):
@@ -63,8 +64,9 @@ def read_rows(source: Any, argument: str, *, split: str = "train") -> Rows:
 
 def read_groups(source: Any, argument: str, args: MOPOConfig, *, split: str = "train") -> Dataset:
     """The groups of one data set, the scorers of `args` applied."""
-    rows = read_rows(source, argument, split=split)
-    return to_groups(rows, scorers=load_scorers(args.scorers or []), rating_scale=args.rating_scale)
+    rows = read_rows(source, argument, split=split, on_bad_row=args.on_bad_row)
+    scorers = load_scorers(args.scorers or [])
+    return to_groups(rows, scorers=scorers, rating_scale=args.rating_scale, on_bad_row=args.on_bad_row)
 
 
 def tokenize(groups: Dataset, names: Sequence[str], tokenizer: Any, args: MOPOConfig) -> TokenizedGroups:

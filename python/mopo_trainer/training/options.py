@@ -81,6 +81,10 @@ class MOPOOptions:
     rating_scale: float | None = field(
         default=None, metadata={"help": "P = sigmoid(rating difference / scale) instead of 1, ½, 0."}
     )
+    on_bad_row: Literal["error", "skip"] = field(
+        default="error",
+        metadata={"help": "Rows that cannot be read (empty replies, broken lines): refuse them, or skip and count."},
+    )
     reference_cache_dir: str | None = field(
         default=None, metadata={"help": "Where reference log-probs are kept; default <output_dir>/reference."}
     )

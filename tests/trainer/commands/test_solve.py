@@ -162,3 +162,14 @@ def test_the_figure_marks_the_chosen_thresholds(summeval):
     assert marker.get_ydata()[0] == pytest.approx(0.675, abs=1e-3)
     assert "specificity" in cost.get_ylabel()
     assert "multiplier" in price.get_ylabel()
+
+
+def test_bad_rows_are_refused_or_skipped(tmp_path, capsys, caplog):
+    path = tmp_path / "rows.jsonl"
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "preference": {"a=b": 1, "c/d": 0}}
+    path.write_text(f"{json.dumps(pair)}\n{{\n{json.dumps({**pair, 'chosen': ''})}\n")
+    command = ["solve", str(path), "--threshold", "c/d=0.1", "--output", str(tmp_path)]
+    assert main(command) == 2
+    assert "rows.jsonl, line 2: not valid JSON" in capsys.readouterr().err
+    assert main([*command, "--on_bad_row", "skip"]) == 0
+    assert "1 of 2 rows or prompts left out: 1 empty reply" in caplog.text

@@ -3,9 +3,12 @@
 import json
 import math
 import re
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 
@@ -16,6 +19,7 @@ from mopo_trainer.data import (
     to_groups,
 )
 from mopo_trainer.data.scorers import load_scorers
+from mopo_trainer.thresholds import parse_thresholds
 
 EXAMPLES = Path(__file__).parents[3] / "examples/data"
 GROUP = {"prompt": "p", "responses": ["a", "bb", "ccc"]}
@@ -183,17 +187,23 @@ def test_comparisons_of_all_rows_are_counted_at_once(monkeypatch):
             r"preference of 'help': got 1.5; give a probability from 0 to 1, or null",
         ),
         ({**PAIR, "preference": {"help": -0.1}}, r"got -0.1"),
-        ({**PAIR, "preference": {"help": math.nan}}, r"got nan"),
+        ({**PAIR, "preference": {" help": 1}}, r"the objective's name is ' help'; write a name, without spaces"),
+        ({**PAIR, "preference": {"": 1}}, r"the objective's name is ''; write a name"),
+        ({**PAIR, "preference": {"help": "0.7"}}, r"got '0.7'; give a probability .*, without quotes"),
+        ({**PAIR, "prompt": [{"from": "human", "value": "a"}]}, r"has no role \(keys: from, value\); write"),
+        (
+            {"prompt": [user([{"type": "image_url", "image_url": "u"}])], "chosen": "a", "rejected": "b"},
+            r"a message of the prompt has a part of type 'image_url' .*only text is trained on",
+        ),
         ({**PAIR, "preference": {"help": "yes"}}, r"got 'yes'"),
         ({**PAIR, "preference": 0.5}, r"`preference` is 0.5; write \{objective: \.\.\}"),
         ({**GROUP, "preference": {"help": 1}}, r"compares two responses and this group has 3; write `comparisons`"),
         ({**GROUP, "ratings": {"help": [1, 2]}}, r"ratings of 'help': 2 values for 3 responses; give one per response"),
         ({**GROUP, "ratings": {"help": []}}, r"0 values for 3 responses"),
         (
-            {**GROUP, "ratings": {"help": [1, math.nan, 2]}},
-            r"got nan; give a finite number, or null where nobody rated",
+            {**GROUP, "ratings": {"help": [1, math.inf, 2]}},
+            r"got inf; give a finite number, or null where nobody rated",
         ),
-        ({**GROUP, "ratings": {"help": [1, math.inf, 2]}}, r"got inf"),
         ({**GROUP, "ratings": {"help": [1, "4", 2]}}, r"got '4'"),
         ({**GROUP, "ratings": {"help": 4}}, r"got 4; write a list"),
         ({**GROUP, "win_rate": {"help": [0, 1, 2]}}, r"win_rate of 'help': got 2; give a probability"),
@@ -239,7 +249,7 @@ def test_bad_rows_are_named_with_value_and_mend(row, message):
 def test_errors_name_the_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**PAIR, "preference": {"help": 3}}) + "\n")
-    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: row 0: preference of 'help': got 3"):
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: row 0 \(line 1\): preference of 'help': got 3"):
         to_groups(load_rows(path))
 
 
@@ -282,3 +292,88 @@ def test_scorer_that_fails():
     with pytest.raises(DataError, match=r"group 0, response 0: scorer 'odd' failed \(ZeroDivisionError") as caught:
         to_groups([PAIR], scorers={"odd": lambda prompt, response: 1 / 0})
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+# ------------------------------------------------------------------------------------------ values of other libraries
+
+
+def test_half_an_emoji_is_replaced_and_counted(caplog):
+    row = {**PAIR, "chosen": "cut \ud83d", "rejected": "\udc00b", "preference": {"h\ud83d": 1}}
+    [group] = to_groups([row])
+    assert group["responses"] == ["cut \ufffd", "\ufffdb"]
+    assert group["win_rate"] == {"h\ufffd": [1.0, 0.0]}
+    assert "3 texts hold half a character" in caplog.text
+    assert to_groups([{**PAIR, "chosen": "\ud83d\ude00 \0"}])[0]["responses"][0] == "\U0001f600 \0"
+
+
+def test_nan_is_null_as_pandas_means_it(caplog):
+    frame = pd.DataFrame(
+        [
+            {**PAIR, "preference": {"help": 0.25, "safe": math.nan}},
+            {**PAIR, "preference": math.nan},
+            {"prompt": "p", "responses": np.array(["a", "b"]), "ratings": {"help": np.array([1, np.nan])}},
+            {
+                "prompt": "p",
+                "responses": ("a", "b"),
+                "ratings": {"help": [np.float32(2), Decimal("1.5")], "safe": pd.NA},
+            },
+        ]
+    )
+    assert win_rates(*frame.to_dict("records")) == to_groups(frame)["win_rate"][:]
+    assert [row["help"] for row in to_groups(frame)["win_rate"]] == [[0.25, 0.75], None, None, [1.0, 0.0]]
+    assert [row["preferred"] for row in to_groups(frame)["win_rate"]] == [None, [1.0, 0.0], None, None]
+    assert "values are NaN; they are read as null" in caplog.text
+
+
+def test_true_is_a_preference_of_one_and_huge_integers_are_numbers():
+    assert win_rates({**PAIR, "preference": {"help": True}, "id": 10**400}) == [{"help": [1.0, 0.0]}]
+    assert win_rates({**PAIR, "preference": None, "ratings": {"help": [2**70, 1]}})[0]["help"] == [1.0, 0.0]
+
+
+def test_text_parts_are_one_content():
+    row = {
+        "prompt": [user([{"type": "text", "text": "Hi"}, " you"])],
+        "chosen": [assistant("a")],
+        "rejected": [assistant("b")],
+    }
+    assert to_groups([row])[0]["prompt"] == [user("Hi you")]
+
+
+def test_names_with_equals_sign_and_slash_take_thresholds():
+    [row] = win_rates({**PAIR, "preference": {"a=b/c": 1}})
+    assert row == {"a=b/c": [1.0, 0.0]}
+    assert parse_thresholds(["a=b/c=0.6"]) == {"a=b/c": 0.6}
+
+
+# ---------------------------------------------------------------------------------------------------- rows left out
+
+EMPTY = [
+    PAIR,
+    {**PAIR, "chosen": ""},
+    {**PAIR, "prompt": " "},
+    {**PAIR, "rejected": None, "chosen": None},
+    {**PAIR, "chosen": " "},
+]
+
+
+def test_bad_rows_are_counted_in_the_refusal():
+    with pytest.raises(
+        DataError, match=r"^row 1: the response 0 is empty.*\(4 of 5 rows are bad: 2 empty reply, 1 empty"
+    ):
+        to_groups(EMPTY)
+
+
+def test_bad_rows_are_skipped_and_counted(caplog):
+    assert len(to_groups([*EMPTY, PAIR], on_bad_row="skip")) == 2
+    assert "4 of 6 rows or prompts left out: 2 empty reply, 1 empty prompt" in caplog.text
+    with pytest.raises(DataError, match=r"every row was left out: 2 empty reply, 1 .*the first: row 0: the response 0"):
+        to_groups(EMPTY[1:], on_bad_row="skip")
+    with pytest.raises(DataError, match="on_bad_row='drop': give 'error'"):
+        to_groups([PAIR], on_bad_row="drop")
+
+
+def test_the_minority_is_skipped_where_text_and_messages_mix():
+    chat = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    assert to_groups([PAIR, chat, chat], on_bad_row="skip")[0]["prompt"] == [user("a")]
+    with pytest.raises(DataError, match=r"^row 0: plain text and messages in one dataset"):
+        to_groups([PAIR, chat, chat])
