@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mopo_kernels import InfeasibleThresholds
+from mopo_trainer.commands.main import main
 from mopo_trainer.commands.solve import LabelProblem, analyse, load_problem, plot_report, sweep
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
