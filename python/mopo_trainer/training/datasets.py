@@ -44,7 +44,7 @@ def read_rows(source: Any, argument: str, *, split: str = "train", on_bad_row: O
     if isinstance(source, Dataset):
         return source
     if isinstance(source, pd.DataFrame):
-        return Dataset.from_pandas(source, preserve_index=False)
+        return source.to_dict("records")  # as a table, a column of mixed types would be refused
     if isinstance(source, pa.Table):
         return Dataset(source)
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):

@@ -1,6 +1,7 @@
 """Every container of the same rows is the same data set; what is none is named."""
 
 import json
+import math
 
 import datasets
 import pandas as pd
@@ -63,8 +64,10 @@ def test_every_container_gives_the_same_groups(container, pairs):
 def test_a_data_frame_s_nan_is_an_unlabelled_pair(pairs):
     frame = pd.DataFrame(pairs)
     frame.loc[0, "preference"] = float("nan")
-    rows = read_rows(frame, "train_dataset")
-    assert [row["preference"] for row in rows] == [None, *(pair["preference"] for pair in pairs[1:])]
+    args = MOPOConfig(use_cpu=True)
+    without = [{**pairs[0], "preference": None}, *pairs[1:]]
+    found = read_groups(frame, "train_dataset", args)
+    assert found.to_list() == read_groups(without, "train_dataset", args).to_list()
 
 
 def test_paths_and_directories(tmp_path, pairs):
@@ -105,3 +108,13 @@ def test_an_endless_stream_is_refused(pairs, monkeypatch):
 def test_what_is_no_data_set_is_named(source, message):
     with pytest.raises(DataError, match=message):
         read_rows(source, "train_dataset")
+
+
+def test_bad_rows_of_a_path_and_of_rows_are_skipped_on_request(tmp_path):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(pair)}\n{{\n{json.dumps({**pair, 'chosen': ''})}\n")
+    skip = MOPOConfig(output_dir=str(tmp_path), on_bad_row="skip", use_cpu=True)
+    assert len(read_groups(path, "train_dataset", skip)) == 1
+    frame = pd.DataFrame([pair, {**pair, "chosen": math.nan}, {**pair, "preference": {"x": 1}}])
+    assert len(read_groups(frame, "train_dataset", skip)) == 2
