@@ -42,6 +42,12 @@ class TokenizedGroups:
                 digest.update(np.asarray([len(ids), prompt_tokens, *ids], dtype=np.int64).tobytes())
         return digest.hexdigest()
 
+    def first(self, count: int) -> TokenizedGroups:
+        """The first `count` groups."""
+        dataset = self.dataset.select(range(min(count, len(self.dataset))))
+        responses = sum(map(len, dataset["input_ids"]))
+        return TokenizedGroups(dataset, self.win_rate[:responses], self.group[:responses])
+
     def sequences(self) -> list[TokenSequence]:
         """(input_ids, prompt_tokens) of every response."""
         return [pair for row in self.dataset for pair in zip(row["input_ids"], row["prompt_tokens"], strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mopo_trainer.data.packing import PackedSequences
+from mopo_trainer.training.adapter import head_in_use
 
 
 def response_hidden_states(model: nn.Module, plain: PreTrainedModel, packed: PackedSequences) -> Tensor:
@@ -25,7 +26,8 @@ def response_hidden_states(model: nn.Module, plain: PreTrainedModel, packed: Pac
         model(**inputs, use_cache=False, **keep_one)
     finally:
         handle.remove()
-    return captured[0].flatten(0, 1)[packed.source]
+    last = captured[-1][:, -packed.input_ids.shape[1] :]  # adapters may run the model before, or put tokens in front
+    return last.flatten(0, 1)[packed.source]
 
 
 def _takes_logits_to_keep(plain: PreTrainedModel) -> bool:
@@ -43,7 +45,7 @@ class LMHead:
     @classmethod
     def of(cls, model: PreTrainedModel) -> LMHead:
         """Raises ValueError where the head is no plain linear layer (an adapter on it, a quantised head)."""
-        head = model.get_output_embeddings()
+        head = head_in_use(model.get_output_embeddings())
         if not isinstance(head, nn.Linear):
             raise ValueError(
                 f"the LM head is a {type(head).__name__}; the fused loss needs a plain linear layer "

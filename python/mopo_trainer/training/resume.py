@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import SCHEDULER_NAME
@@ -27,18 +28,22 @@ class RunState(NamedTuple):
 
     dual: dict[str, Tensor]
     reference: dict[str, Tensor]  # log-probs [M]: train, eval.FINGERPRINT of π_ref0; lag of π_lag; now, the next lag
+    identity: dict[str, str]  # hashes of what the run stands on: model (what is frozen), train (its tokens)
 
     def write(self, checkpoint: Path) -> None:
         named = {f"dual.{name}": value for name, value in self.dual.items()}
         named |= {f"reference.{name}": value for name, value in self.reference.items()}
-        save_file({name: value.clone() for name, value in named.items()}, checkpoint / STATE_FILE)  # no shared storage
+        own = {name: value.clone() for name, value in named.items()}  # no shared storage
+        save_file(own, checkpoint / STATE_FILE, metadata=self.identity)
 
     @classmethod
     def read(cls, checkpoint: Path) -> RunState:
         named = load_file(checkpoint / STATE_FILE)
-        return cls(_under("dual.", named), _under("reference.", named))
+        with safe_open(checkpoint / STATE_FILE, "pt") as file:
+            identity = file.metadata() or {}
+        return cls(_under("dual.", named), _under("reference.", named), identity)
 
-    def check(self, dual: MOPODual, checkpoint: str, *, needs_reference: bool) -> None:
+    def check(self, dual: MOPODual, checkpoint: str, identity: Mapping[str, str], *, needs_reference: bool) -> None:
         """Raises ValueError where the arguments have changed as the state cannot follow, or half of it is absent."""
         if not Path(checkpoint, SCHEDULER_NAME).is_file():
             raise ValueError(
@@ -57,6 +62,15 @@ class RunState(NamedTuple):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: it holds no reference log-probs, which policy_step or lag_steps "
                 "of this run need; resume with the options it was written with"
+            )
+        stands_on = {"model": "frozen weights or configuration", "train": "training data (tokens)"}
+        if "train" not in self.reference:
+            del stands_on["train"]
+        other = [what for name, what in stands_on.items() if self.identity.get(name) != identity[name]]
+        if other:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: its run had other {' and '.join(other)}; "
+                "resume with the same, or start a new run from its model"
             )
 
 

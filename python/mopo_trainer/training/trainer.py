@@ -6,12 +6,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -30,8 +29,14 @@ from mopo_kernels.loss import policy_loss
 from mopo_trainer.data import objectives
 from mopo_trainer.data.packing import GroupBatch, collate
 from mopo_trainer.data.tokens import TokenizedGroups
-from mopo_trainer.files import atomic_path
 from mopo_trainer.names import it_has
+from mopo_trainer.training.adapter import (
+    check_trainable,
+    read_adapter,
+    starting_weights,
+    with_adapter,
+    write_adapter,
+)
 from mopo_trainer.training.callbacks import DualCallback
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.datasets import read_groups, tokenize
@@ -44,7 +49,7 @@ from mopo_trainer.training.evaluation import (
     read_eval_groups,
 )
 from mopo_trainer.training.head import LMHead, response_hidden_states
-from mopo_trainer.training.reference import parameters_fingerprint, response_logps
+from mopo_trainer.training.reference import frozen_fingerprint, initial_logps, policy_fingerprint, response_logps
 from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
 from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
 
@@ -59,8 +64,8 @@ class MOPOTrainer(Trainer):
             `read_rows` takes (Dataset, stream, table, path …); of a DatasetDict `train` is trained on. {name: rows} as
             eval_dataset are evaluated each under its name: eval_NAME_loss, eval_NAME_win_rate/…
         processing_class: the tokenizer; loaded from the model's path if absent.
-        peft_config: wraps the model in an adapter; the reference policy is then the model with the adapter off.
-            Without an adapter the reference is the model as it stands when training starts.
+        peft_config: wraps the model in an adapter. The reference policy is the model as it stands when training
+            starts, with its adapter: a copy of the adapter's starting weights is kept (`adapter.StartingWeights`).
         callbacks, optimizers: as in transformers.Trainer.
 
     Raises:
@@ -88,10 +93,8 @@ class MOPOTrainer(Trainer):
         if isinstance(model, str | Path):
             model = AutoModelForCausalLM.from_pretrained(model)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
+        model = with_adapter(model, peft_config, args.seed)
+        check_trainable(model, share_prompt=args.share_prompt, gradient_checkpointing=args.gradient_checkpointing)
         LMHead.of(model)
         groups = read_groups(train_dataset, "train_dataset", args)
         names = _objective_order(objectives(groups), args)
@@ -121,6 +124,7 @@ class MOPOTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = False  # the loss is a mean over groups, averaged over micro-batches by the Trainer
         self.label_names: list[str] = []
+        self.start = starting_weights(model)
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -182,7 +186,7 @@ class MOPOTrainer(Trainer):
     def start_dual(self) -> None:
         """Before the first step: reference log-probs where the run needs them, then the multipliers on all labels."""
         if not self._resumed:
-            self.reference = {}
+            self.reference, self.start = {}, starting_weights(self.accelerator.unwrap_model(self.model))
         for prefix, groups in by_prefix(self.eval_groups, "eval").items():
             self._eval_reference(groups, prefix)
         if self._resumed:
@@ -222,24 +226,20 @@ class MOPOTrainer(Trainer):
     def _initial_logps(self, groups: TokenizedGroups, split: str) -> Tensor:
         """log π_ref0, from the cache if the same model has scored the same tokens."""
         plain = self.accelerator.unwrap_model(self.model)
-        adapter = hasattr(plain, "disable_adapter")
-        if not adapter and self.state.global_step > 0:
+        if self.start is None and self.state.global_step > 0:
             raise ValueError(
                 f"the {split} data need the log-probs of the policy before training, which this run has overwritten; "
                 "give them as eval_dataset when the trainer is made, or train an adapter"
             )
-        weights = parameters_fingerprint(plain, lambda parameter: not (adapter and parameter.requires_grad))
-        directory = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference")
-        file = directory / f"{weights[:16]}-{groups.fingerprint()[:16]}.safetensors"
-        if broadcast_object_list([file.is_file()])[0]:  # one rank decides: a forward pass needs all of them
-            return load_file(file)["logp"]
-        with plain.disable_adapter() if adapter else nullcontext():
-            logp = self._response_logps(groups, description=f"Reference log-probs ({split})")
-        if self.args.should_save:
-            with atomic_path(file) as temporary:
-                save_file({"logp": logp}, temporary)
-        self.accelerator.wait_for_everyone()
-        return logp
+        with self.start.in_place(plain) if self.start else nullcontext():
+            policy = policy_fingerprint(plain, self.accelerator.mixed_precision)
+            directory = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference")
+            return initial_logps(
+                directory / f"{policy[:16]}-{groups.fingerprint()[:16]}.safetensors",
+                groups,
+                partial(self._response_logps, description=f"Reference log-probs ({split})"),
+                self.accelerator,
+            )
 
     # --------------------------------------------------------------------------------------------- evaluation
 
@@ -341,18 +341,35 @@ class MOPOTrainer(Trainer):
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        RunState(self.dual.state_dict(), self.reference).write(written)
+        RunState(self.dual.state_dict(), self.reference, self._identity).write(written)
+        if self.start:
+            write_adapter(written, self.start, self.accelerator.unwrap_model(self.model))
         write_manifest(written)
         if final.exists():
             final.rename(written.parent / "replaced")
         os.replace(written, final)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.start:
+            self.start = read_adapter(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = RunState.read(Path(resume_from_checkpoint))
-        state.check(self.dual, resume_from_checkpoint, needs_reference=self._needs_reference())
+        state.check(self.dual, resume_from_checkpoint, self._identity, needs_reference=self._needs_reference())
         self.dual.load_state_dict(state.dual)
         self.reference = state.reference
+
+    def _load_best_model(self) -> None:
+        if self.start:
+            read_adapter(Path(self.state.best_model_checkpoint), self.accelerator.unwrap_model(self.model))
+        else:
+            super()._load_best_model()
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        """Hashes of what a resumed run must share with its checkpoint, which does not hold it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return {"model": frozen_fingerprint(model), "train": self.train_groups.fingerprint()}
 
     def _needs_reference(self) -> bool:
         return self.args.policy_step != "clone" or self.args.lag_steps is not None

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from tiny import plain_logps
 
 from mopo_trainer.training.head import LMHead
-from mopo_trainer.training.reference import _batches, parameters_fingerprint, response_logps
+from mopo_trainer.training.reference import _batches, frozen_fingerprint, policy_fingerprint, response_logps
 
 SEQUENCES = [  # (input_ids, prompt_tokens): two groups of ragged responses, one response of a single token
     ([9, 50, 51], 1),
@@ -38,22 +38,38 @@ def test_batches_take_the_longest_rows_first_and_rows_whole():
     assert _batches(SEQUENCES, GROUPS, 4) == [[2, 3, 4], [0, 1]]
 
 
-def test_the_fingerprint_sees_every_reference_weight_and_no_other(tiny_model):
-    weight = tiny_model.model.layers[1].mlp.up_proj.weight
-
-    def fingerprint(is_reference=lambda parameter: True):
-        return parameters_fingerprint(tiny_model, is_reference)
-
-    def fingerprint_of_others():
-        return fingerprint(lambda parameter: parameter is not weight)
-
-    others, seen = fingerprint_of_others(), {fingerprint()}
-    for pair in ((0.5, -0.5), (0.25, -0.25), (-0.5, 0.0)):  # of equal sum, then of equal absolute sum
+def test_fingerprints_see_bytes_configuration_and_numbers(tiny_model):
+    model = tiny_model
+    weight, module = model.model.layers[1].mlp.up_proj.weight, model.model.rotary_emb
+    changes = {
+        "permuted weights": lambda: weight.data.copy_(weight.data.flip(0)),
+        "softcap": lambda: setattr(model.config, "final_logit_softcapping", 3.0),
+        "rope": lambda: model.config.rope_parameters.update(rope_theta=5.0),
+        "a buffer": lambda: module.inv_freq.mul_(1.5),
+        "a number of a module": lambda: setattr(model.model.layers[0].self_attn, "scaling", 0.5),
+        "attention": lambda: setattr(model.config, "_attn_implementation", "eager"),
+    }
+    seen = {policy_fingerprint(model), policy_fingerprint(model, "bf16")}
+    assert len(seen) == 2
+    for change in changes.values():
         with torch.no_grad():
-            weight[0, :2] = torch.tensor(pair)
-        assert fingerprint() == fingerprint() not in seen
-        seen.add(fingerprint())
-    assert others == fingerprint_of_others() not in seen
+            change()
+        assert policy_fingerprint(model) == policy_fingerprint(model) not in seen
+        seen.add(policy_fingerprint(model))
+
+
+def test_fingerprints_do_not_see_names_and_states(tiny_model):
+    before = policy_fingerprint(tiny_model), frozen_fingerprint(tiny_model)
+    tiny_model.config._name_or_path, tiny_model.config.transformers_version = "elsewhere", "1"
+    tiny_model.config.use_cache = False
+    tiny_model.train()
+    assert (policy_fingerprint(tiny_model), frozen_fingerprint(tiny_model)) == before
+    with torch.no_grad():
+        tiny_model.model.norm.weight += 1
+    assert policy_fingerprint(tiny_model) != before[0]
+    assert frozen_fingerprint(tiny_model) == before[1], "trained weights stand in the checkpoint"
+    tiny_model.model.norm.weight.requires_grad_(False)
+    assert frozen_fingerprint(tiny_model) != before[1]
 
 
 def test_head_options_follow_the_model_config(tiny_model):
