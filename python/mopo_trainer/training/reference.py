@@ -112,7 +112,7 @@ def _read_logps(file: Path, count: int) -> Tensor | None:
     if not file.is_file():
         return None
     try:
-        logp = load_file(file)["logp"]
+        logp = load_file(file)["logp"].double()
     except (SafetensorError, KeyError, OSError) as error:
         logger.warning("%s cannot be read (%s); computed anew", file, error)
         return None

@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tiny import make_pairs, make_tiny_model, plain_logps
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
 from mopo_trainer.training import trainer as trainer_module
 from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.reference import response_logps
 from mopo_trainer.training.trainer import MOPOTrainer
 
 
@@ -213,6 +215,56 @@ def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, 
     with torch.no_grad():
         tiny_model.model.embed_tokens.weight[7] += 0.1
     assert references_made(tiny_model, pairs) == 1, "another model"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), "cannot be read"),
+        (lambda file: file.write_bytes(b""), "cannot be read"),
+        (lambda file: save_file({"other": torch.zeros(16)}, file), "cannot be read"),
+        (lambda file: save_file({"logp": torch.zeros(15)}, file), "holds 15 log-probs, not 16 numbers"),
+        (lambda file: save_file({"logp": torch.full((16,), torch.nan)}, file), "holds 16 log-probs, not 16 numbers"),
+        (lambda file: save_file({"logp": torch.zeros(16)}, file), "holds other log-probs than the model gives now"),
+    ],
+)
+def test_a_damaged_cache_is_computed_anew(tmp_path, tiny_model, tokenizer, pairs, caplog, damage, said):
+    def reference():
+        made = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, policy_step="contrast")
+        made.start_dual()
+        return made.reference["train"]
+
+    expected = reference()
+    (file,) = (tmp_path / "reference").iterdir()
+    damage(file)
+    torch.testing.assert_close(reference(), expected)
+    assert said in caplog.text
+    caplog.clear()
+    torch.testing.assert_close(reference(), expected)
+    assert said not in caplog.text, "the file was mended"
+
+
+def test_a_changed_configuration_is_another_reference(tmp_path, tiny_model, tokenizer, pairs):
+    def reference():
+        made = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, policy_step="contrast")
+        made.start_dual()
+        expected = response_logps(
+            made.model,
+            made.train_groups.sequences(),
+            accelerator=made.accelerator,
+            batch_size=8,
+            pad_token_id=made.pad_token_id,
+        )
+        torch.testing.assert_close(made.reference["train"], expected, rtol=1e-6, atol=1e-5)
+        return made.reference["train"]
+
+    plain = reference()
+    tiny_model.config.final_logit_softcapping = 0.5
+    assert (reference() - plain).abs().max() > 1e-3
+    with torch.no_grad():
+        tiny_model.lm_head.weight.copy_(tiny_model.lm_head.weight.flip(0))  # of equal sums
+    assert (reference() - plain).abs().max() > 1e-3
+    assert len(list((tmp_path / "reference").iterdir())) == 3
 
 
 @pytest.mark.parametrize("policy_step", ["clone", "contrast"])
