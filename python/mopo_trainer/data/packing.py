@@ -88,14 +88,9 @@ class PackedSequences:
         )
 
     def model_inputs(self, attention: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Keyword arguments of a Hugging Face model.
-
-        Raises ValueError for shared prompts where the attention implementation takes no mask per query.
-        """
+        """Keyword arguments of a Hugging Face model; shared prompts need attention that takes a mask per query."""
         if not self.is_shared:
             return {"input_ids": self.input_ids, "attention_mask": (self.segment >= 0).long()}
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(f"share_prompt needs attn_implementation 'sdpa' or 'eager'; the model has {attention!r}")
         query, key = self.segment[:, None, :, None], self.segment[:, None, None, :]
         mask = ((key == 0) | (key == query)).tril()  # [R, 1, T, T]
         if attention == "eager":

@@ -10,6 +10,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -51,6 +53,19 @@ class TokenizedGroups:
     def sequences(self) -> list[TokenSequence]:
         """(input_ids, prompt_tokens) of every response."""
         return [pair for row in self.dataset for pair in zip(row["input_ids"], row["prompt_tokens"], strict=True)]
+
+    def longest_group(self) -> list[TokenSequence]:
+        """The longest sequence and another response to its prompt, the longest first."""
+        lengths = pc.list_value_length(pc.list_flatten(self._tokens()))
+        row = self.dataset[int(self.group[pc.index(lengths, pc.max(lengths)).as_py()])]
+        pairs = zip(row["input_ids"], row["prompt_tokens"], strict=True)
+        return sorted(pairs, key=lambda pair: len(pair[0]), reverse=True)[:2]
+
+    def largest_token(self) -> int:
+        return pc.max(pc.list_flatten(pc.list_flatten(self._tokens()))).as_py()
+
+    def _tokens(self) -> pa.ChunkedArray:
+        return self.dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
 
 
 def tokenize_groups(groups: Dataset, objectives: Sequence[str], tokenizer: Any, **lengths: Any) -> TokenizedGroups:

@@ -1,57 +1,130 @@
-"""The LM head of a Hugging Face model, and the hidden states that it reads."""
+"""The LM head of a Hugging Face model: what enters it, and how log-probabilities come out of it."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mopo_trainer.data.packing import PackedSequences
+from mopo_kernels import sequence_logprob, token_logprob
+from mopo_trainer.data.packing import IGNORE_INDEX, PackedSequences, SequenceBatch, pack
 from mopo_trainer.training.adapter import head_in_use
 
 
-def response_hidden_states(model: nn.Module, plain: PreTrainedModel, packed: PackedSequences) -> Tensor:
-    """Hidden states [S, L, H] that predict `packed.target`; `plain` is `model` without wrappers.
+class Unfused(ValueError):
+    """Why the head of a model cannot be an argument of `linear_logprob`."""
 
-    The whole model is called, so that wrappers (DDP) see their forward pass; its head runs on one position only.
+
+def linear_head(plain: PreTrainedModel) -> nn.Linear:
+    """The linear layer that makes the logits.
+
+    Raises:
+        Unfused: there is none, or it is wrapped (an adapter on it) or packed (quantised).
     """
+    head = head_in_use(plain.get_output_embeddings())
+    if head is None:
+        raise Unfused("it names no LM head (get_output_embeddings)")
+    if not isinstance(head, nn.Linear):
+        kind = f"{type(head).__module__.split('.')[0]} {type(head).__name__}"
+        raise Unfused(f"its LM head is a {kind}, no plain linear layer (an adapter is best kept off the head)")
+    if not head.weight.is_floating_point() or head.weight.shape != (head.out_features, head.in_features):
+        raise Unfused(f"its LM head is quantised ({head.weight.dtype})")
+    return head
+
+
+@contextmanager
+def head_input(plain: PreTrainedModel, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """While open, the head gets `replace(its input)`; what it would have got is in the list, [R, T, H] a forward."""
     captured: list[Tensor] = []
-    handle = plain.get_decoder().register_forward_hook(lambda module, args, output: captured.append(output[0]))
-    keep_one = {"logits_to_keep": 1} if _takes_logits_to_keep(plain) else {}
+
+    def swap(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        captured.append(args[0])
+        return replace(args[0]), *args[1:]
+
+    handle = linear_head(plain).register_forward_pre_hook(swap)
     try:
-        inputs = packed.model_inputs(plain.config._attn_implementation, plain.dtype)
-        model(**inputs, use_cache=False, **keep_one)
+        yield captured
     finally:
         handle.remove()
-    last = captured[-1][:, -packed.input_ids.shape[1] :]  # adapters may run the model before, or put tokens in front
-    return last.flatten(0, 1)[packed.source]
 
 
-def _takes_logits_to_keep(plain: PreTrainedModel) -> bool:
-    base = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+class Forward(NamedTuple):
+    """One pass of a batch through the model."""
+
+    states: Tensor  # [R, T, H] hidden states before the head, or [R, T, V] logits
+    router_loss: Tensor | None  # [] of a mixture of experts, unweighted
 
 
 @dataclass(frozen=True)
-class LMHead:
-    """The LM head of a Hugging Face model as arguments of `linear_logprob`."""
+class Transform:
+    """What a model does to the product of its head, as `linear_logprob` takes it."""
 
-    weight: Tensor  # [V, H]
-    options: dict[str, Any]  # bias, softcap, logit_scale
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> LMHead:
-        """Raises ValueError where the head is no plain linear layer (an adapter on it, a quantised head)."""
-        head = head_in_use(model.get_output_embeddings())
-        if not isinstance(head, nn.Linear):
-            raise ValueError(
-                f"the LM head is a {type(head).__name__}; the fused loss needs a plain linear layer "
-                "(leave lm_head out of the adapter's target_modules and modules_to_save)"
-            )
-        config = model.config.get_text_config()
-        logit_scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(head.weight, {"bias": head.bias, "softcap": softcap, "logit_scale": logit_scale})
+
+@dataclass(frozen=True)
+class Scoring:
+    """How log-probabilities of responses come out of a model; `probe.probe_scoring` measures it once."""
+
+    pad_token_id: int
+    transform: Transform | None = Transform()  # None: through the model's own logits
+    share_prompt: bool = False
+    router_weight: float = 0.0  # of a mixture of experts' router loss
+    backend: str | None = None
+
+    def pack(self, sequences: SequenceBatch, row_of: Tensor | None) -> PackedSequences:
+        """Rows for the model; sequences of equal `row_of` share their prompt where that is exact."""
+        return pack(sequences, row_of if self.share_prompt else None, self.pad_token_id)
+
+    def forward(self, model: nn.Module, plain: PreTrainedModel, packed: PackedSequences) -> Forward:
+        """Run `model`, whose wrappers (DDP) see the pass; `plain` is the model without them.
+
+        With a transform the head makes the logits of one position only, so that [R, T, V] never exists.
+        """
+        inputs = packed.model_inputs(plain.config._attn_implementation, plain.dtype)
+        if self.transform is None:
+            output = model(**inputs, use_cache=False)
+            states = output.logits
+        else:
+            with head_input(plain, lambda hidden: hidden[:, :1]) as captured:
+                output = model(**inputs, use_cache=False)
+            if not captured or captured[-1].ndim != 3:
+                raise Unfused("its LM head does not read hidden states [R, T, H]")
+            states = captured[-1]
+        last = states[:, -packed.input_ids.shape[1] :]  # adapters may run the model before, or put tokens in front
+        return Forward(last, getattr(output, "aux_loss", None))
+
+    def logp(self, plain: PreTrainedModel, states: Tensor, packed: PackedSequences) -> Tensor:  # [S]
+        """log π(y|x) of every sequence, from the states of its forward pass."""
+        if self.transform is not None:
+            head = head_arguments(plain, states, packed, self.transform)
+            return sequence_logprob(**head, backend=self.backend)
+        target = _targets_of_positions(packed, states.shape[:2])
+        return token_logprob(states, target, overwrite_logits=True, backend=self.backend).sum(-1)
+
+
+def head_arguments(
+    plain: PreTrainedModel, states: Tensor, packed: PackedSequences, transform: Transform
+) -> dict[str, Any]:
+    """Hidden states [S, L, H] of the targets, the head and its transform, as `sequence_logprob` takes them."""
+    head = linear_head(plain)
+    return {
+        "hidden": states.flatten(0, 1)[packed.source].to(head.weight.dtype),
+        "weight": head.weight,
+        "target": packed.target,
+        "bias": head.bias,
+        "softcap": transform.softcap,
+        "logit_scale": transform.logit_scale,
+    }
+
+
+def _targets_of_positions(packed: PackedSequences, shape: Sequence[int]) -> Tensor:  # [R, T]
+    """The token that each position predicts, where rows hold one sequence each."""
+    counts = packed.target != IGNORE_INDEX
+    target = packed.target.new_full((shape[0] * shape[1],), IGNORE_INDEX)
+    return target.index_copy(0, packed.source[counts], packed.target[counts]).view(shape)

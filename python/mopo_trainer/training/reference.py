@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mopo_kernels import sequence_logprob
-from mopo_trainer.data.packing import SequenceBatch, TokenSequence, pack
+from mopo_trainer.data.packing import SequenceBatch, TokenSequence
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.files import atomic_path
-from mopo_trainer.training.head import LMHead, response_hidden_states
+from mopo_trainer.training.head import Scoring
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +31,20 @@ def response_logps(
     model: nn.Module,
     sequences: Sequence[TokenSequence],
     *,
+    scoring: Scoring,
     accelerator: Accelerator,
     batch_size: int,
-    pad_token_id: int,
     row_of: Sequence[int] | None = None,
-    backend: str | None = None,
     description: str = "Log-probs",
 ) -> Tensor:  # [M]
     """log π(y|x), the sum over the response's tokens, of every response; float64 on the CPU, the same on every rank.
 
-    `sequences` are (input_ids, prompt_tokens) pairs, those of equal `row_of` share their prompt's pass. Rows are taken
+    `sequences` are (input_ids, prompt_tokens) pairs, those of equal `row_of` share their prompt's pass
+    where `scoring` has it so. Rows are taken
     longest first, `batch_size` sequences at a time, shared among the ranks.
     """
     plain = accelerator.unwrap_model(model)
+    row_of = row_of if scoring.share_prompt else None
     batches = _batches(sequences, row_of, batch_size)
     rank, world = accelerator.process_index, accelerator.num_processes
     total = torch.zeros(2, len(sequences), dtype=torch.float64)
@@ -54,13 +54,10 @@ def response_logps(
         indices = batches[(i + rank) % len(batches)]  # every rank runs as many forward passes as the others
         shared = torch.tensor([row_of[j] for j in indices]) if row_of else None
         chosen = SequenceBatch.of([sequences[j] for j in indices])
-        packed = pack(chosen, shared, pad_token_id).to(accelerator.device)
-        hidden = response_hidden_states(model, plain, packed)
-        head = LMHead.of(plain)
+        packed = scoring.pack(chosen, shared).to(accelerator.device)
+        states = scoring.forward(model, plain, packed).states
         with accelerator.autocast():
-            logp = sequence_logprob(
-                hidden.to(head.weight.dtype), head.weight, packed.target, backend=backend, **head.options
-            )
+            logp = scoring.logp(plain, states, packed)
         total[0, indices] += logp.double().cpu()
         total[1, indices] += 1
     plain.train(was_training)

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mopo_kernels import MOPODual
+from mopo_kernels import MOPODual, MOPOOutput, mopo_objective
+from mopo_kernels.objective.steps import PolicyStep
 from mopo_kernels.objective.target import LabelStatistics, label_statistics
-from mopo_trainer.data.packing import GroupBatch, PackedSequences, pack
+from mopo_trainer.data.packing import GroupBatch, PackedSequences
 from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.head import Scoring
 
 
 class StepLabels(NamedTuple):
@@ -45,18 +47,40 @@ class StepBatch:
     index: Tensor | None  # [S] the responses that enter the model, or None for all
     packed: PackedSequences
     all_tokens: int
+    router_loss: Tensor | None = None  # [] of a mixture of experts, unweighted
 
     @classmethod
-    def of(
-        cls, batch: GroupBatch, labels: StepLabels, dual: MOPODual, args: MOPOConfig, pad_token_id: int
-    ) -> StepBatch:
+    def of(cls, batch: GroupBatch, labels: StepLabels, dual: MOPODual, args: MOPOConfig, scoring: Scoring) -> StepBatch:
         statistics, index = labels.statistics(dual), None
         sequences, group = batch.sequences, batch.group
         if args.policy_step == "clone":
             index = (statistics.weights > args.min_weight).nonzero().squeeze(-1)
             sequences, group = sequences.take(index), group[index]
-        packed = pack(sequences, group if args.share_prompt else None, pad_token_id)
+        packed = scoring.pack(sequences, group)
         return cls(labels, statistics, index, packed, batch.sequences.ids.numel())
+
+    def objective(
+        self, logp: Tensor, dual: MOPODual, *, ref_logp: Tensor | None, policy_step: PolicyStep
+    ) -> MOPOOutput:
+        """The loss from log-probabilities [S] of the responses that entered the model."""
+        labels, kept = self.labels, None
+        if self.index is not None:
+            index = self.index.to(logp.device)
+            kept = torch.zeros(len(labels.group), dtype=torch.bool, device=logp.device).index_fill(0, index, True)
+            logp = logp.new_zeros(kept.shape).index_copy(0, index, logp)
+        return mopo_objective(
+            logp,
+            labels.win_rate.to(logp.device),
+            labels.group.to(logp.device),
+            dual.multipliers.to(logp.device),
+            tau=dual.tau,
+            eps=float(dual.eps),
+            ref_logp=ref_logp,
+            lag_log_ratio=None if labels.lag_log_ratio is None else labels.lag_log_ratio.to(logp.device),
+            policy_step=policy_step,
+            primary=dual.objectives.index(dual.primary),
+            kept=kept,
+        )
 
     @property
     def dropped_mass(self) -> Tensor:  # []
@@ -88,6 +112,8 @@ class StepRecord:
         for name in ("win_rates", "lower_bounds", "ess", "kl"):
             self._values[name].append(getattr(values, name))
         self._values["dropped_mass"].append(batch.dropped_mass)
+        if batch.router_loss is not None:
+            self._values["router_loss"].append(batch.router_loss)
         self._tokens["tokens"] += batch.packed.tokens
         self._tokens["skipped_tokens"] += batch.all_tokens - batch.packed.tokens
 
@@ -117,7 +143,8 @@ class StepRecord:
             mean = {k: accelerator.gather(v[None].to(device)).nanmean(0).cpu() for k, v in mean.items()}
             counts = accelerator.reduce(counts.to(device), reduction="sum").cpu()
         seconds = time.perf_counter() - self._since
-        logs = {name: mean[name].item() for name in ("ess", "kl", "dropped_mass")}
+        single = [name for name in ("ess", "kl", "dropped_mass", "router_loss") if name in mean]
+        logs: dict[str, float] = {name: mean[name].item() for name in single}
         logs |= {"tokens_per_second": counts[0].item() / seconds, "skipped_tokens": counts[1].item()}
         thresholds = dict(zip(dual.secondaries, dual.thresholds.tolist(), strict=True))
         for k, name in enumerate(dual.objectives):

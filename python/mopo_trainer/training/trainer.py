@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mopo_kernels import MOPODual, MOPOOutput
 from mopo_kernels.loss import policy_loss
 from mopo_trainer.data import objectives
-from mopo_trainer.data.packing import GroupBatch, collate
+from mopo_trainer.data.packing import GroupBatch, TokenSequence, collate
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.names import it_has
 from mopo_trainer.training.adapter import (
@@ -48,10 +50,14 @@ from mopo_trainer.training.evaluation import (
     eval_metrics,
     read_eval_groups,
 )
-from mopo_trainer.training.head import LMHead, response_hidden_states
+from mopo_trainer.training.fit import check_positions, check_tokens, pad_token
+from mopo_trainer.training.head import Scoring, head_arguments
+from mopo_trainer.training.probe import probe_scoring, sharing_obstacle
 from mopo_trainer.training.reference import frozen_fingerprint, initial_logps, policy_fingerprint, response_logps
 from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
 from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
+
+logger = logging.getLogger(__name__)
 
 
 class MOPOTrainer(Trainer):
@@ -95,7 +101,6 @@ class MOPOTrainer(Trainer):
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         model = with_adapter(model, peft_config, args.seed)
         check_trainable(model, share_prompt=args.share_prompt, gradient_checkpointing=args.gradient_checkpointing)
-        LMHead.of(model)
         groups = read_groups(train_dataset, "train_dataset", args)
         names = _objective_order(objectives(groups), args)
         self.train_groups = tokenize(groups, names, tokenizer, args)
@@ -105,10 +110,7 @@ class MOPOTrainer(Trainer):
             self.eval_groups = read_eval_groups(eval_dataset, names, tokenizer, args)
         check_best_metric(args, self.eval_groups, names)
         self.dual = _dual(names, args)
-        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.reference: dict[
-            str, Tensor
-        ] = {}  # log-probs [M]: train, eval.… of π_ref0; lag of π_lag; now, the next lag
+        self.reference: dict[str, Tensor] = {}  # [M] of π_ref0: train, eval.…; of π_lag: lag; of the next lag: now
         self._resumed = False
         self.record = StepRecord()
         self._staging: Path | None = None
@@ -125,6 +127,8 @@ class MOPOTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # the loss is a mean over groups, averaged over micro-batches by the Trainer
         self.label_names: list[str] = []
         self.start = starting_weights(model)
+        self._check_fit(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
+        self.scoring = self._probe(Scoring(pad_token(model, tokenizer), backend=args.backend))
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -140,27 +144,53 @@ class MOPOTrainer(Trainer):
         labels = StepLabels(
             self.train_groups.win_rate[batch.response], batch.group, self._lag_log_ratio(batch.response)
         )
-        step = StepBatch.of(batch, labels, self.dual, args, self.pad_token_id)
+        step = StepBatch.of(batch, labels, self.dual, args, self.scoring)
         packed = step.packed.to(device)
         plain = self.accelerator.unwrap_model(model)
-        hidden = response_hidden_states(model, plain, packed)
-        head = LMHead.of(plain)
+        forward = self.scoring.forward(model, plain, packed)
+        ref_logp = self._reference_logp(batch.response, device)
         with self.accelerator.autocast():
-            output = policy_loss(
-                hidden.to(head.weight.dtype),
-                head.weight,
-                packed.target,
-                step.statistics.to(device),
-                ref_logp=self._reference_logp(batch.response, device),
-                policy_step=args.policy_step,
-                min_weight=args.min_weight,
-                index=None if step.index is None else step.index.to(device),
-                backend=args.backend,
-                workspace_bytes=args.workspace_bytes,
-                **head.options,
-            )
+            if self.scoring.transform is None:
+                logp = self.scoring.logp(plain, forward.states, packed)
+                output = step.objective(logp, self.dual, ref_logp=ref_logp, policy_step=args.policy_step)
+            else:
+                output = policy_loss(
+                    **head_arguments(plain, forward.states, packed, self.scoring.transform),
+                    labels=step.statistics.to(device),
+                    ref_logp=ref_logp,
+                    policy_step=args.policy_step,
+                    min_weight=args.min_weight,
+                    index=None if step.index is None else step.index.to(device),
+                    backend=args.backend,
+                    workspace_bytes=args.workspace_bytes,
+                )
+        loss = output.loss
+        if self.scoring.router_weight and forward.router_loss is not None:
+            loss = loss + self.scoring.router_weight * forward.router_loss
+            step = replace(step, router_loss=forward.router_loss.detach().double().cpu())
         self.record.add(step)
-        return (output.loss, output) if return_outputs else output.loss
+        return (loss, output) if return_outputs else loss
+
+    def _check_fit(self, *data: TokenizedGroups) -> None:
+        """Raise for tokens and lengths that the model's tables do not hold."""
+        plain = self.accelerator.unwrap_model(self.model)
+        for groups in data:
+            check_tokens(plain, groups, self.processing_class)
+        check_positions(plain, max(len(groups.longest_group()[0][0]) for groups in data))
+
+    def _probe(self, scoring: Scoring) -> Scoring:
+        """How this model's log-probabilities are computed, and whether its prompts can be shared."""
+        plain = self.accelerator.unwrap_model(self.model)
+        longest = self.train_groups.longest_group()
+        scoring = probe_scoring(plain, longest[0][0], scoring)
+        return replace(scoring, share_prompt=self.args.share_prompt and self._can_share(longest, scoring))
+
+    def _can_share(self, longest: Sequence[TokenSequence], scoring: Scoring) -> bool:
+        plain = self.accelerator.unwrap_model(self.model)
+        obstacle = sharing_obstacle(plain, longest, scoring)
+        if obstacle:
+            logger.warning("share_prompt is off: %s", obstacle)
+        return not obstacle
 
     def floating_point_ops(self, inputs: dict[str, GroupBatch]) -> int:
         return super().floating_point_ops(_as_tokens(inputs))
@@ -215,13 +245,18 @@ class MOPOTrainer(Trainer):
         return response_logps(
             self.model_wrapped if self.is_in_train else self.model,
             groups.sequences(),
+            scoring=self._scoring_of(groups),
             accelerator=self.accelerator,
             batch_size=self.args.per_device_eval_batch_size,
-            pad_token_id=self.pad_token_id,
-            row_of=groups.group.tolist() if self.args.share_prompt else None,
-            backend=self.args.backend,
+            row_of=groups.group.tolist(),
             description=description,
         )
+
+    def _scoring_of(self, groups: TokenizedGroups) -> Scoring:
+        """The trainer's, without shared prompts where these data are longer than those it was probed with."""
+        if groups is self.train_groups or not self.scoring.share_prompt:
+            return self.scoring
+        return replace(self.scoring, share_prompt=self._can_share(groups.longest_group(), self.scoring))
 
     def _initial_logps(self, groups: TokenizedGroups, split: str) -> Tensor:
         """log π_ref0, from the cache if the same model has scored the same tokens."""
@@ -267,6 +302,7 @@ class MOPOTrainer(Trainer):
             given = given[eval_dataset]
         elif eval_dataset is not None and eval_dataset is not self.eval_dataset:
             given = read_eval_groups(eval_dataset, self.dual.objectives, self.processing_class, self.args)
+            self._check_fit(*by_prefix(given, "eval").values())
         if given is None:
             raise ValueError("evaluate needs an eval_dataset, here or when the trainer is made")
         metrics: dict[str, float] = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mopo_trainer.data.packing import IGNORE_INDEX, SequenceBatch, collate, pack
-from mopo_trainer.training.head import response_hidden_states
+from mopo_trainer.training.head import Scoring, Transform, head_arguments
 
 SEQUENCES = [  # (input_ids, prompt_tokens): two groups of ragged responses, one response of a single token
     ([5, 6, 7, 20, 21, 22], 3),
@@ -100,21 +100,21 @@ def test_a_batch_knows_whose_labels_its_responses_have():
 def test_sharing_the_prompt_changes_no_hidden_state_and_no_gradient(tiny_model, attention):
     tiny_model.set_attn_implementation(attention)
     found = []
-    for row_of in (None, torch.tensor(GROUPS)):
-        packed = pack(BATCH, row_of, pad_token_id=0)
+    for share in (False, True):
+        scoring = Scoring(pad_token_id=0, share_prompt=share)
+        packed = scoring.pack(BATCH, torch.tensor(GROUPS))
+        assert packed.is_shared == share
         tiny_model.zero_grad()
-        hidden = response_hidden_states(tiny_model, tiny_model, packed)
+        hidden = head_arguments(
+            tiny_model, scoring.forward(tiny_model, tiny_model, packed).states, packed, Transform()
+        )["hidden"]
         counted = hidden[packed.target != IGNORE_INDEX]
         counted.square().sum().backward()
         found.append((counted, tiny_model.model.layers[0].self_attn.k_proj.weight.grad.clone()))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_other_attention_is_refused_for_shared_prompts_only(tiny_model):
-    tiny_model.config._attn_implementation = "flash_attention_2"
-    packed = pack(BATCH, torch.tensor(GROUPS), pad_token_id=0)
-    with pytest.raises(ValueError, match="share_prompt needs attn_implementation 'sdpa' or 'eager'"):
-        response_hidden_states(tiny_model, tiny_model, packed)
+def test_without_shared_prompts_a_model_gets_tokens_and_a_plain_mask():
     plain = pack(BATCH, None, 0).model_inputs("flash_attention_2", torch.float32)
     assert plain["attention_mask"].sum(1).tolist() == [len(ids) for ids, _ in SEQUENCES]
     assert set(plain) == {"input_ids", "attention_mask"}

@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import make_pairs, make_tiny_model, plain_logps
 
 from mopo_trainer.training.config import MOPOConfig
-from mopo_trainer.training.head import LMHead
+from mopo_trainer.training.head import linear_head
 from mopo_trainer.training.trainer import MOPOTrainer
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"]}
@@ -129,7 +129,7 @@ def test_the_reference_is_the_policy_at_the_start(tmp_path, tokenizer, kind, tie
 def test_the_head_of_the_loss_is_the_one_that_trains(tmp_path, tokenizer, kind):
     model = make_tiny_model(tokenizer)
     trainer = make(tmp_path, model, tokenizer, peft_config=copy.deepcopy(KINDS[kind]))
-    weight = LMHead.of(trainer.model).weight
+    weight = linear_head(trainer.model).weight
     embedding = trainer.model.get_input_embeddings()
     assert weight.requires_grad
     assert (weight is embedding.weight) == (kind == "both, tied")
@@ -138,7 +138,7 @@ def test_the_head_of_the_loss_is_the_one_that_trains(tmp_path, tokenizer, kind):
     trainer.compute_loss(trainer.model, batch).backward()
     assert weight.grad.abs().max() > 0
     with trainer.model.disable_adapter():
-        assert not LMHead.of(trainer.model).weight.requires_grad
+        assert not linear_head(trainer.model).weight.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from tiny import plain_logps
 
-from mopo_trainer.training.head import LMHead
+from mopo_trainer.training.head import Scoring
 from mopo_trainer.training.reference import _batches, frozen_fingerprint, policy_fingerprint, response_logps
 
 SEQUENCES = [  # (input_ids, prompt_tokens): two groups of ragged responses, one response of a single token
@@ -24,7 +24,12 @@ def test_response_logps_in_any_batching(tiny_model, row_of, batch_size):
     tiny_model.train()
     tiny_model.model.layers[0].self_attn.attention_dropout = 0.5
     logps = response_logps(
-        tiny_model, SEQUENCES, accelerator=Accelerator(cpu=True), batch_size=batch_size, pad_token_id=0, row_of=row_of
+        tiny_model,
+        SEQUENCES,
+        scoring=Scoring(pad_token_id=0, share_prompt=row_of is not None),
+        accelerator=Accelerator(cpu=True),
+        batch_size=batch_size,
+        row_of=row_of,
     )
     assert tiny_model.training
     assert logps.dtype == torch.float64
@@ -70,11 +75,3 @@ def test_fingerprints_do_not_see_names_and_states(tiny_model):
     assert frozen_fingerprint(tiny_model) == before[1], "trained weights stand in the checkpoint"
     tiny_model.model.norm.weight.requires_grad_(False)
     assert frozen_fingerprint(tiny_model) != before[1]
-
-
-def test_head_options_follow_the_model_config(tiny_model):
-    tiny_model.config.final_logit_softcapping = 30.0
-    tiny_model.config.logits_scaling = 4.0
-    assert LMHead.of(tiny_model).options == {"bias": None, "softcap": 30.0, "logit_scale": 0.25}
-    tiny_model.config.logit_scale = 0.5
-    assert LMHead.of(tiny_model).options["logit_scale"] == 0.5

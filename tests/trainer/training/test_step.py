@@ -9,6 +9,7 @@ from mopo_kernels import MOPODual
 from mopo_kernels.objective.target import label_statistics
 from mopo_trainer.data.packing import GroupBatch, SequenceBatch, pack
 from mopo_trainer.training import step as step_module
+from mopo_trainer.training.head import Scoring
 from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
 
 PAD = 0
@@ -25,7 +26,7 @@ def make_dual(**options):
 
 
 def settings(**options):
-    return SimpleNamespace(**{"policy_step": "clone", "min_weight": 0.1, "share_prompt": False} | options)
+    return SimpleNamespace(**{"policy_step": "clone", "min_weight": 0.1} | options)
 
 
 def make_batch(seed, sizes=(3, 2, 4), lag=False):
@@ -39,8 +40,8 @@ def make_batch(seed, sizes=(3, 2, 4), lag=False):
     return GroupBatch(SequenceBatch.of(sequences), torch.arange(len(group)), group), StepLabels(win_rate, group, ratio)
 
 
-def step_of(batch, labels, dual, **options):
-    return StepBatch.of(batch, labels, dual, settings(**options), PAD)
+def step_of(batch, labels, dual, *, share_prompt=False, **options):
+    return StepBatch.of(batch, labels, dual, settings(**options), Scoring(PAD, share_prompt=share_prompt))
 
 
 @pytest.mark.parametrize("lag", [False, True])

@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import make_pairs, make_tiny_model, plain_logps
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
 from mopo_trainer.training import trainer as trainer_module
 from mopo_trainer.training.config import MOPOConfig
+from mopo_trainer.training.head import Scoring
 from mopo_trainer.training.reference import response_logps
 from mopo_trainer.training.trainer import MOPOTrainer
 
@@ -330,10 +332,22 @@ def test_infeasible_thresholds_stop_before_the_first_step(tmp_path, tiny_model, 
     assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
 
 
-def test_lm_head_adapters_are_refused(tmp_path, tiny_model, tokenizer, pairs):
+@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
+def test_an_adapter_on_the_head_trains_through_the_models_logits(
+    tmp_path, tiny_model, tokenizer, pairs, caplog, policy_step
+):
+    fused = make(tmp_path / "fused", tiny_model, tokenizer, pairs, policy_step=policy_step)
+    fused.start_dual()
+    batch = first_batch(fused)
+    expected = fused.compute_loss(tiny_model, batch)
     model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match="leave lm_head out"):
-        make(tmp_path, model, tokenizer, pairs)
+    trainer = make(tmp_path / "adapter", model, tokenizer, pairs, policy_step=policy_step)
+    assert "its LM head is a peft Linear, no plain linear layer" in caplog.text
+    trainer.start_dual()
+    loss = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)  # the adapter starts at zero
+    loss.backward()
+    assert model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -387,7 +401,7 @@ def test_options_reach_the_head(tmp_path, tiny_model, tokenizer, pairs, monkeypa
     assert len(list((tmp_path / "cache").iterdir())) == 1
     scored = seen["response_logps"]
     assert (scored["row_of"], scored["batch_size"]) == ([i // 2 for i in range(16)], 3)
-    assert scored["backend"] == "reference"
+    assert scored["scoring"] == Scoring(tokenizer.pad_token_id, share_prompt=True, backend="reference")
     trainer.compute_loss(tiny_model, first_batch(trainer))
     assert {name: seen["policy_loss"][name] for name in head} == head
 
@@ -399,16 +413,6 @@ def test_the_least_weight_reaches_the_loss(tmp_path, tiny_model, tokenizer, pair
 
     assert dropped() > 0  # exp(-1 / 0.08) = 4e-6
     assert dropped(min_weight=0.0) == 0
-
-
-def test_softcap_and_scale_come_from_the_model_config(tmp_path, tiny_model, tokenizer, pairs):
-    trainer = make(tmp_path, tiny_model, tokenizer, pairs, per_device_train_batch_size=8)
-    trainer.start_dual()
-    batch = first_batch(trainer)
-    plain = trainer.compute_loss(tiny_model, batch)
-    tiny_model.config.final_logit_softcapping = 0.01
-    capped = trainer.compute_loss(tiny_model, batch)
-    assert (capped - plain).abs() > 1e-3
 
 
 def test_resuming_with_other_arguments_is_refused(tmp_path, tiny_model, tokenizer, pairs):
@@ -446,3 +450,34 @@ def test_after_a_refresh_the_loss_is_against_the_lag_policy(tmp_path, tiny_model
         policy_step=policy_step,
     )
     torch.testing.assert_close(loss.double(), expected.loss, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 10.0])
+def test_the_router_loss_of_a_mixture_of_experts_is_added_and_logged(tmp_path, tokenizer, pairs, coefficient):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        sliding_window=None,
+        router_aux_loss_coef=coefficient,
+        output_router_logits=True,
+    )
+    model = MixtralForCausalLM(config)
+    trainer = make(tmp_path, model, tokenizer, pairs, share_prompt=True, max_steps=1, learning_rate=0.0)
+    trainer.start_dual()
+    loss, output = trainer.compute_loss(model, first_batch(trainer), return_outputs=True)
+    packed = trainer.record._batches[0].packed
+    assert not packed.is_shared
+    own = model(**packed.model_inputs("sdpa", torch.float32)).aux_loss
+    torch.testing.assert_close(loss, output.loss + coefficient * own)
+    assert own > 1
+    loss.backward()
+    assert (model.model.layers[0].mlp.gate.weight.grad.abs().max() > 1e-2) == (coefficient > 0)
+    trainer.record = type(trainer.record)()
+    trainer.train()
+    assert ("router_loss" in steps_of(trainer)[0]) == (coefficient > 0)
