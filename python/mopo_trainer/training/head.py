@@ -31,7 +31,7 @@ def linear_head(plain: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         kind = f"{type(head).__module__.split('.')[0]} {type(head).__name__}"
         raise Unfused(f"its LM head is a {kind}, no plain linear layer (an adapter is best kept off the head)")
-    if not head.weight.is_floating_point() or head.weight.shape != (head.out_features, head.in_features):
+    if not head.weight.is_floating_point():
         raise Unfused(f"its LM head is quantised ({head.weight.dtype})")
     return head
 
