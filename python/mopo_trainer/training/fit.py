@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mopo_trainer.data.sources import DataError, one_line
 from mopo_trainer.data.tokens import TokenizedGroups
+from mopo_trainer.training.adapter import active_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ def pad_token(model: PreTrainedModel, tokenizer: Any) -> int:
     return 0
 
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx")
+
+
 @torch.no_grad()
 def check_positions(plain: PreTrainedModel, longest: int) -> None:
     """Sequences beyond the model's position table are refused, beyond its trained positions they are told.
@@ -55,11 +59,15 @@ def check_positions(plain: PreTrainedModel, longest: int) -> None:
         ValueError: the model has a table of positions that ends before `longest`, or fails at that length.
     """
     config = plain.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or not 0 < limit < longest:
+    named = [getattr(config, name, None) for name in POSITIONS]
+    limit = min((x for x in named if isinstance(x, int) and x > 0), default=longest)
+    limit -= getattr(active_config(plain), "num_virtual_tokens", None) or 0  # an adapter's, in front
+    tables = [rows for rows in _table_rows(plain) if limit - 8 <= rows <= limit + 8]
+    usable = min(limit, *tables) if tables else limit
+    if longest <= usable:
         return
-    refusal = f"the longest sequence has {longest} tokens and the model {limit} positions; set max_length={limit}"
-    if any(limit <= rows <= limit + 8 for rows in _table_rows(plain)):
+    refusal = f"the longest sequence has {longest} tokens and the model {usable} positions; set max_length={usable}"
+    if tables:
         raise ValueError(refusal)
     try:
         plain(input_ids=torch.zeros(1, longest, dtype=torch.long, device=plain.device), use_cache=False)
@@ -72,10 +80,11 @@ def check_positions(plain: PreTrainedModel, longest: int) -> None:
 
 
 def _table_rows(plain: PreTrainedModel) -> Iterator[int]:
-    """Sizes of what may be tables of positions: embeddings other than the tokens', and buffers."""
+    """Lengths of what may be tables of positions: embeddings other than the tokens', and buffers."""
     tokens = plain.get_input_embeddings()
     for module in plain.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
-            yield module.num_embeddings
+            before = 0 if module.padding_idx is None else module.padding_idx + 1  # where positions begin (RoBERTa)
+            yield module.num_embeddings - before
     for buffer in plain.buffers():
         yield from buffer.shape

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from tiny import make_pairs, make_tiny_model, make_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from mopo_trainer.data.sources import DataError
 from mopo_trainer.training.config import MOPOConfig
@@ -57,6 +66,17 @@ SMALL = {"vocab_size": 261, "n_positions": 24, "n_embd": 16, "n_layer": 1, "n_he
 MODELS = {
     "table": lambda: GPT2LMHeadModel(GPT2Config(**SMALL)),
     "buffer": lambda: GPTJForCausalLM(GPTJConfig(**SMALL, rotary_dim=8)),
+    "table behind padding": lambda: RobertaForCausalLM(
+        RobertaConfig(
+            vocab_size=261,
+            max_position_embeddings=26,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            is_decoder=True,
+        )
+    ),
     "offset": lambda: OPTForCausalLM(
         OPTConfig(
             vocab_size=261,
@@ -75,7 +95,9 @@ MODELS = {
 def test_sequences_beyond_the_position_table(kind):
     model = MODELS[kind]().eval()
     check_positions(model, 24)
-    model(input_ids=torch.ones(1, 24, dtype=torch.long))
+    model(input_ids=torch.full((1, 24), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, 25), 5))
     with pytest.raises(ValueError, match="has 25 tokens and the model 24 positions; set max_length=24"):
         check_positions(model, 25)
 
