@@ -105,7 +105,7 @@ class Scoring:
             head = head_arguments(plain, states, packed, self.transform)
             return sequence_logprob(**head, backend=self.backend)
         target = _targets_of_positions(packed, states.shape[:2])
-        return token_logprob(states, target, overwrite_logits=True, backend=self.backend).sum(-1)
+        return token_logprob(states, target, backend=self.backend).sum(-1)
 
 
 def head_arguments(
