@@ -130,7 +130,7 @@ def test_a_model_whose_hidden_states_change_with_padding_is_refused(tiny_model, 
 
 def test_a_model_that_reads_later_tokens_is_refused(altered):
     model = altered(lambda z: z + z.mean(1, keepdim=True))
-    with pytest.raises(ValueError, match=r"Altered reads later tokens .* \(encoders need is_decoder=True\)"):
+    with pytest.raises(ValueError, match=r"Altered predicts a token otherwise .* \(encoders need is_decoder=True\)"):
         probe_scoring(model, SEQUENCES[0][0], Scoring(0))
 
 
