@@ -209,8 +209,8 @@ def _check_causal(plain: PreTrainedModel, own: list[Tensor]) -> None:
     size = start.masked_fill(start.isinf(), 0.0).norm(dim=-1)
     if not bool((difference.norm(dim=-1) <= _rounding(plain.dtype, STATES) * size).all()):
         raise ValueError(
-            f"{_name(plain)} predicts a token otherwise once later ones stand behind it: it is no causal language model "
-            "as it is configured (encoders need is_decoder=True)"
+            f"{_name(plain)} predicts a token otherwise once later ones stand behind it: it is no causal language "
+            "model as it is configured (encoders need is_decoder=True)"
         )
 
 
