@@ -152,7 +152,7 @@ PAIRS = [PAIR, {**PAIR, "prompt": "\u00fc \U0001f600"}]
     [
         BOM + json.dumps(PAIRS).encode(),
         BOM + lines(PAIRS),
-        gzip.compress(BOM + lines(PAIRS)),
+        gzip.compress(BOM + lines(PAIRS), mtime=0),
         BOM + lines(PAIRS[:1]) + BOM + lines(PAIRS[1:]),
         lines(PAIRS).replace(b"\n", b"\r\n\r\n"),
         b" \n\n" + json.dumps(PAIRS, indent=1).encode(),
