@@ -19,6 +19,8 @@ inline int64_t element_size(DType dtype) {
 
 //     z = outer * tanh(inner * (logit + bias))    with softcap c:  inner = logit_scale / c, outer = c / temperature
 //     z = inner * (logit + bias)                  without:         inner = logit_scale / temperature
+//
+// A softcap bounds what is finite: -inf masks a token, and +inf and NaN must show.
 struct Transform {
     double inner;
     double outer;

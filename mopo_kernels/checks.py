@@ -255,13 +255,18 @@ def check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def check_result(logp: Tensor, **inputs: Tensor | None) -> None:
-    """A NaN log-probability of a counted row can only come from a NaN or infinite input: name the input."""
+    """A NaN log-probability of a counted row comes from a NaN or infinite input, or a mask of all: name which."""
     if torch.compiler.is_compiling() or not logp.detach().isnan().any():
         return
-    for name, tensor in inputs.items():
-        if tensor is not None and not tensor.detach().isfinite().all():
-            what = "NaN" if tensor.detach().isnan().any() else "infinity"
+    given = {name: x.detach() for name, x in inputs.items() if x is not None}
+    for name, x in given.items():
+        masks = x == -math.inf if name in ("bias", "logits") else False
+        if not (x.isfinite() | masks).all():
+            what = "NaN" if x.isnan().any() else "infinity"
             raise ValueError(f"{name} holds {what} in rows that count; find the step that diverged before this one")
+    for name in ("bias", "logits"):
+        if name in given and (given[name] == -math.inf).all(-1).any():
+            raise ValueError(f"{name} masks every token of a row that counts (-inf); leave one, or ignore its target")
     raise ValueError(f"the logits of {', '.join(inputs)} overflow {logp.dtype}; scale the inputs down")
 
 

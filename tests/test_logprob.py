@@ -39,7 +39,7 @@ def formula(hidden, weight, bias, target, *, temperature=1.0, softcap=None, logi
             continue
         z = (weight.double() * h).sum(-1)
         z = (z + (0 if bias is None else bias.double())) * logit_scale
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        z = z if softcap is None else torch.where(z.isinf(), z.detach(), softcap * torch.tanh(z / softcap))
         p = torch.softmax(z / temperature, -1)
         rows.append(p[t].log())
     return torch.stack(rows)
@@ -151,6 +151,64 @@ def test_masked_vocabulary_through_the_bias():
     torch.testing.assert_close(
         linear_logprob(hidden, weight, target, bias=bias), linear_logprob(hidden, weight[others], renumbered)
     )
+
+
+MASKED = torch.tensor([2, 7, 8])  # the first is a target
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_masked_token_has_probability_zero_and_no_gradient_whatever_the_options(options, backend):
+    """And the others share the mass as a head without it would: its target alone has the log-probability −∞."""
+    hidden, weight, _, target = make(6, 4, 9)
+    target = torch.tensor([0, 1, -100, 3, 4, 2])
+    options = {**options, "backend": backend}
+    free = torch.randn(9, dtype=torch.float64) * bool(options.pop("bias", False))
+    bias = free.index_fill(0, MASKED, -math.inf).requires_grad_()
+    logits = (hidden @ weight.T + bias).detach()
+    left = torch.tensor([0, 1, 3, 4, 5, 6])
+    renumbered = torch.tensor([0, 1, -100, 2, 3, -100])
+    expected = linear_logprob(hidden, weight[left], renumbered, bias=free[left], **options)
+    logp = linear_logprob(hidden, weight, target, bias=bias, **options)
+    torch.testing.assert_close(logp[:5], expected[:5])
+    assert logp[5] == -math.inf
+    ours = torch.autograd.grad(logp[:5].sum(), (hidden, weight, bias))
+    theirs = torch.autograd.grad(expected[:5].sum(), (hidden, weight))
+    torch.testing.assert_close(ours[:2], theirs)
+    assert (ours[1][MASKED] == 0).all()
+    assert (ours[2][MASKED] == 0).all()
+    of_target = torch.autograd.grad(linear_logprob(hidden, weight, target, bias=bias, **options)[5], (hidden, bias))
+    assert all(x.isfinite().all() for x in of_target)
+    assert of_target[1][2] == 0 or not options.get("softcap")
+
+    scale = options.pop("logit_scale", 1.0)
+    z = (logits * scale).requires_grad_()
+    of_logits = token_logprob(z, target, **options)
+    torch.testing.assert_close(of_logits, logp.detach())
+    assert (torch.autograd.grad(of_logits[:5].sum(), z)[0][:, MASKED] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_what_is_not_finite_is_named_under_a_softcap_too(softcap, backend):
+    hidden, weight, _, target = make(3, 4, 9)
+    options = {"softcap": softcap, "backend": backend}
+    nothing = torch.full((9,), -math.inf, dtype=torch.float64)
+    with pytest.raises(ValueError, match="bias masks every token of a row that counts"):
+        linear_logprob(hidden, weight, target, bias=nothing, **options)
+    logits = torch.zeros(3, 9).index_fill(0, torch.tensor([2]), -math.inf)
+    with pytest.raises(ValueError, match=r"logits masks every token of a row that counts .* ignore its target"):
+        token_logprob(logits, torch.tensor([0, 1, 2]), **options)
+    assert token_logprob(logits, torch.tensor([0, 1, -100]), **options).isfinite().all()
+    with pytest.raises(ValueError, match="hidden holds infinity"):
+        linear_logprob(torch.full_like(hidden, math.inf), weight, target, bias=nothing.clone().fill_(0), **options)
+    with pytest.raises(ValueError, match="bias holds infinity"):
+        linear_logprob(hidden, weight, target, bias=nothing.index_fill(0, torch.tensor([4]), math.inf), **options)
+    with pytest.raises(ValueError, match="logits holds infinity"):
+        token_logprob(logits.abs(), torch.tensor([0, 1, 2]), **options)
+    masked = nothing.clone().fill_(0).index_fill(0, torch.tensor([4]), -math.inf)
+    with pytest.raises(ValueError, match="logits of hidden, weight, bias overflow"):
+        linear_logprob(hidden * 1e200, weight * 1e200, target, bias=masked, **options)
 
 
 def test_leading_dimensions_and_strides():

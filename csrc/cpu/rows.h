@@ -32,7 +32,11 @@ struct LogitTransform {
     reg scaled(reg x, int64_t column, int count) const {
         return scaled_by(x, bias ? V::load(bias + column, count, 0) : V::set(0));
     }
-    reg z(reg scaled) const { return softcap ? V::mul(V::set(outer), V::tanh(scaled)) : scaled; }
+    reg z(reg scaled) const { return softcap ? capped(scaled, V::tanh(scaled)) : scaled; }
+    reg capped(reg scaled, reg tanh) const {
+        const auto infinity = V::set(std::numeric_limits<scalar>::infinity());
+        return V::select_less(V::abs(scaled), infinity, V::mul(V::set(outer), tanh), scaled);
+    }
 
 private:
     reg scaled_by(reg x, reg offset) const { return V::mul(V::set(inner), V::add(x, offset)); }
@@ -104,7 +108,7 @@ inline typename V::reg gradient(typename V::reg scaled, typename V::reg onehot, 
     auto z = scaled;
     if (transform.softcap) {
         const auto tanh = V::tanh(scaled);
-        z = V::mul(V::set(transform.outer), tanh);
+        z = transform.capped(scaled, tanh);
         slope = V::mul(factor, V::sub(V::set(1), V::mul(tanh, tanh)));
     }
     return V::mul(slope, V::sub(onehot, V::exp(V::sub(V::sub(z, lse.high), lse.low))));

@@ -180,6 +180,8 @@ struct PortableDouble {
     static reg mul(reg a, reg b) { return a * b; }
     static reg fma(reg a, reg b, reg c) { return a * b + c; }
     static reg max(reg a, reg b) { return a > b ? a : b; }
+    static reg abs(reg a) { return std::abs(a); }
+    static reg select_less(reg a, reg b, reg then, reg otherwise) { return a < b ? then : otherwise; }
     static double sum(reg a) { return a; }
     static double max(reg a) { return a; }
     static reg exp(reg x) { return std::exp(x); }

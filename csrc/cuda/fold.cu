@@ -132,8 +132,9 @@ struct LogitTransform {
     __device__ void apply(A (&x)[N], int64_t first_column) const {
         scale(x, first_column);
         if (softcap)
-            for (A& u : x) u = outer * hyperbolic_tangent(u);
+            for (A& u : x) u = capped(u, hyperbolic_tangent(u));
     }
+    __device__ A capped(A u, A tanh) const { return fabs(u) < static_cast<A>(INFINITY) ? outer * tanh : u; }
     __device__ A z(A logit, int64_t column) const {
         A x[1] = {logit};
         apply(x, column);
@@ -287,7 +288,7 @@ struct Gradient {
             A z = x[i], slope = factor;
             if (transform.softcap) {
                 const A tanh = hyperbolic_tangent(z);
-                z = transform.outer * tanh;
+                z = transform.capped(z, tanh);
                 slope *= 1 - tanh * tanh;
             }
             x[i] = slope * (static_cast<A>(i == is_target) - exponential(lse.of(z)));

@@ -3,16 +3,17 @@
 A tile holds raw logits hidden · weightᵀ of R rows and the C columns first_column … first_column + C − 1 of the
 vocabulary, row-major with any row stride. With the transform folded into three numbers,
 
-    u = inner · (logit + bias);   z = outer · tanh(u) with a softcap, else u
+    u = inner · (logit + bias);   z = outer · tanh(u) with a softcap and where u is finite, else u
 
     fold_statistics   per row, online over tiles:  maximum ← max z,  total ← Σ exp(z − maximum),  chosen ← z[target]
     fold_gradient     out ← coefficient · (onehot(target) − exp(z − lse)) · dz/dlogit
 
 so that lse = maximum + log total, logp = chosen − lse, and `out` is ∂(Σ coefficient · logp)/∂logit, ready for the two
 products that give the gradients of hidden and weight; it may be the tile itself. Rows of negative target are not read
-by fold_statistics; rows of coefficient 0 become 0 whatever they held; −inf logits have probability 0; NaN and +inf give
-NaN. Arithmetic is float32 or better for tiles of 16 and 32 bits, float64 for float64; statistics are kept in float64.
-Every backend with a tile engine has these functions.
+by fold_statistics; rows of coefficient 0 become 0 whatever they held. A u of −inf, by the logit or the bias, masks a
+token, with a softcap too: its probability is 0, and dz/dlogit = 1 − tanh² = 0 with a softcap. NaN and +inf give NaN.
+Arithmetic is float32 or better for tiles of 16 and 32 bits, float64 for float64; statistics are kept in float64. Every
+backend with a tile engine has these functions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reference backend: plain torch, any device and dtype. It is the truth that every other backend is held to.
 
     z = inner · (hidden weightᵀ + bias)                         [N, V]
-    z = outer · tanh(z)                                         where a softcap is given
+    z = outer · tanh(z)                                         where a softcap is given and z is finite
     logp_n = z_n[target_n] − log Σ_v exp z_nv                   0 where target is ignore_index
 
 Without `workspace_bytes` the logits of all counted rows are materialised; with it, rows are taken in blocks whose
@@ -9,6 +9,8 @@ logits fit, and the backward recomputes each block. The truth of `label_statisti
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -69,5 +71,7 @@ def _gather_logprob(logits: Tensor, target: Tensor, transform: Transform) -> Ten
     z = logits if logits.dtype == torch.float64 else logits.float()
     z = z * transform.inner
     if transform.softcap:
-        z = torch.tanh(z) * transform.outer
-    return z.gather(-1, target.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+        z = torch.where(z.isinf(), z.detach(), torch.tanh(z) * transform.outer)
+    lse = z.logsumexp(-1)
+    lse = lse.masked_fill(lse == math.inf, math.nan)  # a logit of +∞ must show, at other targets too
+    return z.gather(-1, target.unsqueeze(-1)).squeeze(-1) - lse

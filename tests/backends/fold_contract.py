@@ -25,6 +25,7 @@ def tile_strategies(*, rows, widths):
         "dtype": st.sampled_from(DTYPES),
         "transform": st.sampled_from(TRANSFORMS),
         "with_bias": st.booleans(),
+        "masked": st.sampled_from([0.0, 0.4]),
         "scale": st.sampled_from([0.1, 1.0, 30.0]),
         "seed": st.integers(0, 10**6),
     }
@@ -59,8 +60,10 @@ def fold_gradient(fold, logits, target, lse, coefficient, transform, bias, width
     return logits if out is None else out
 
 
-def check_tiles(fold, device, *, rows, widths, offset, padding, out_offset, dtype, transform, with_bias, scale, seed):
-    """Statistics and gradient of ragged tiles; in place if `out_offset` is None."""
+def check_tiles(
+    fold, device, *, rows, widths, offset, padding, out_offset, dtype, transform, with_bias, scale, seed, masked=0.0
+):
+    """Statistics and gradient of ragged tiles; in place if `out_offset` is None. −inf masks some columns."""
     columns = sum(widths)
     logits, around = random_tile(rows, columns, dtype, device, offset=offset, padding=padding, scale=scale, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -68,6 +71,8 @@ def check_tiles(fold, device, *, rows, widths, offset, padding, out_offset, dtyp
     coefficient = torch.randn(rows, generator=generator, dtype=torch.float64).to(device)
     work = torch.float64 if dtype == torch.float64 else torch.float32
     bias = torch.randn(columns, generator=generator).to(device, work) if with_bias else None
+    is_masked = (torch.rand(columns, generator=generator).to(device) < masked).index_fill(0, target, False)
+    (logits if bias is None else bias)[..., is_masked] = -math.inf
     lse, at_target, p, gradient = exact_fold(logits, target, coefficient, transform, bias)
 
     # Arithmetic of a handful of roundings on values of the size of z; p feels the rounding of z absolutely.
@@ -127,12 +132,36 @@ def check_special_logits(fold, device):
     torch.testing.assert_close(result.double().cpu(), onehot - p, atol=1e-6, rtol=0)
 
 
+def check_masked_tokens(fold, device):
+    """−inf in the logits or in the bias: probability 0 and no gradient, whatever the transform; at a target too."""
+    free, target = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)), torch.tensor([7, 7, 20])
+    is_masked = torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor([*range(16), 18, 38, 39]), True)
+    masking = torch.zeros(40).masked_fill(is_masked, -math.inf)
+    coefficient = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, device=device)
+    for transform, by_bias in itertools.product(TRANSFORMS, (False, True)):
+        logits = (free if by_bias else free + masking).to(device)
+        bias = masking.to(device) if by_bias else None
+        statistics = fold_statistics(fold, logits, target.to(device), transform, bias, [16, 24])
+        z = exact_fold(free[:, ~is_masked], target * 0, coefficient.cpu(), transform)[0]
+        torch.testing.assert_close(statistics.lse.cpu(), z, atol=1e-6, rtol=1e-6)
+        assert statistics.chosen.tolist()[:2] == [-math.inf] * 2
+        lse, _, p, expected = exact_fold(free + masking, target, coefficient.cpu(), transform)
+        assert (p[:, is_masked] == 0).all()
+        result = fold_gradient(
+            fold, logits, target.to(device), lse.to(device), coefficient, transform, bias, [16, 24], None
+        )
+        torch.testing.assert_close(result.double().cpu(), expected, atol=1e-6, rtol=1e-6)
+        assert ((result[:, is_masked] == 0).cpu() == (expected[:, is_masked] == 0)).all()
+        assert not transform.softcap or (result[:, is_masked] == 0).all()
+
+
 def check_bad_logits(fold, device, bad, column, columns):
-    """NaN and +inf reach logp wherever they stand."""
+    """NaN and +inf reach logp wherever they stand: a softcap does not hide them."""
     logits = torch.full((1, columns), -math.inf, device=device)
     logits[0, column] = bad
-    statistics = fold_statistics(fold, logits, torch.tensor([3], device=device), TRANSFORMS[0], None, [columns])
-    assert statistics.logp.isnan().all()
+    for transform in TRANSFORMS:
+        statistics = fold_statistics(fold, logits, torch.tensor([3], device=device), transform, None, [columns])
+        assert statistics.logp.isnan().all()
 
 
 def check_rows_that_do_not_count(fold, device, columns, dtype):

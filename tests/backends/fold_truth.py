@@ -20,7 +20,7 @@ def exact_fold(logits, target, coefficient, transform, bias=None):
     """lse, z at the target, probabilities and gradient in float64."""
     x = logits.double() if bias is None else logits.double() + bias.double()
     u = transform.inner * x
-    z = transform.outer * u.tanh() if transform.softcap else u
+    z = torch.where(u.isinf(), u, transform.outer * u.tanh()) if transform.softcap else u
     lse = z.logsumexp(-1)
     p = (z - lse[:, None]).exp()
     slope = transform.inner * (transform.outer * (1 - u.tanh() ** 2) if transform.softcap else 1)

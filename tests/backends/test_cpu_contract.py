@@ -32,6 +32,7 @@ def test_ragged_tiles_at_any_alignment_in_place_and_beside(name, **case):
 
 def test_special_logits_and_rows(isa):
     fold_contract.check_special_logits(cpu, "cpu")
+    fold_contract.check_masked_tokens(cpu, "cpu")
     for column in (0, 8, 16, 36):
         fold_contract.check_bad_logits(cpu, "cpu", math.nan, column, 37)
         fold_contract.check_bad_logits(cpu, "cpu", math.inf, column, 37)

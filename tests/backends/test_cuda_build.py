@@ -119,6 +119,7 @@ def test_a_vocabulary_of_256k_is_summed_to_2e6(emulated, logits):
 
 def test_masked_vocabulary_and_huge_logits(emulated):
     fold_contract.check_special_logits(emulated, "cpu")
+    fold_contract.check_masked_tokens(emulated, "cpu")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -58,6 +58,7 @@ def test_a_vocabulary_of_256k_is_summed_to_2e6(value):
 
 def test_masked_vocabulary_and_huge_logits():
     fold_contract.check_special_logits(cuda, "cuda")
+    fold_contract.check_masked_tokens(cuda, "cuda")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

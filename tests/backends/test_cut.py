@@ -70,7 +70,7 @@ def composed(hidden, weight, target, coefficient, bias, transform):
     bias = torch.zeros(len(weight), device=DEVICE) if bias is None else bias
     bias = bias.detach().to(torch.promote_types(hidden.dtype, torch.float32)).requires_grad_()
     u = ((hidden @ weight.T).to(bias.dtype) + bias) * transform.inner
-    z = transform.outer * u.tanh() if transform.softcap else u
+    z = torch.where(u.isinf(), u.detach(), transform.outer * u.tanh()) if transform.softcap else u
     lse = z.logsumexp(1)
     chosen = z.gather(1, target.clamp(min=0)[:, None])[:, 0]
     loss = (coefficient * (chosen.where(target >= 0, 0) - lse)).sum()
@@ -265,13 +265,31 @@ def test_owners_need_no_atomics():
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_masked_vocabulary(transform):
-    """Whole blocks are masked, the first ones too, and with a softcap that makes them finite again."""
+    """Whole blocks are masked, the first ones too, with a softcap as without."""
     inputs = problem(20, 16, 200, with_bias=True)
     bias, target = inputs[4], inputs[2]
     bias[:70] = bias[100:140] = bias[171::2] = -math.inf
     target[target >= 0] = 70 + target[target >= 0] % 30
     for owner in OWNERS:
-        check(run(*inputs, transform, owner=owner), inputs, transform)
+        results = run(*inputs, transform, owner=owner)
+        check(results, inputs, transform)
+        assert (results[4][bias == -math.inf] == 0).all()
+
+
+def test_a_masked_target_has_no_probability_and_no_slope_under_a_softcap():
+    hidden, weight, target, coefficient, _ = problem(20, 16, 40)
+    bias, target = (
+        torch.zeros(40, device=DEVICE).index_fill(0, torch.tensor([5], device=DEVICE), -math.inf),
+        target * 0 + 5,
+    )
+    expected = exact(hidden, weight, target, coefficient, bias, CAPPED)
+    for owner in OWNERS:
+        lse, chosen, *gradients = run(hidden, weight, target, coefficient, bias, CAPPED, owner=owner)
+        torch.testing.assert_close(lse, expected[0], rtol=2e-6, atol=0)
+        assert (chosen == -math.inf).all()
+        assert gradients[2][5] == 0
+        for got, truth in zip(gradients, expected[2:], strict=True):
+            torch.testing.assert_close(got.double(), truth, rtol=2e-5, atol=2e-5)
 
 
 def test_a_row_that_is_masked_as_a_whole_has_no_mass():
@@ -317,10 +335,10 @@ def test_nan_and_infinity_are_not_swallowed(bad, programs):
         bias = torch.zeros(100, device=DEVICE)
         bias[column] = bad
         with mock.patch.object(cut_forward, "ENOUGH_PROGRAMS", programs):
-            of_all = cut_statistics(CutInputs(hidden, weight, target, PLAIN, bias), blocks=BLOCKS)
+            of_all = [cut_statistics(CutInputs(hidden, weight, target, x, bias), blocks=BLOCKS) for x in TRANSFORMS]
             hidden[3] = math.nan
             of_one = cut_statistics(CutInputs(hidden, weight, target, PLAIN), blocks=BLOCKS)
-        assert of_all.lse.isnan().all()
+        assert all(x.lse.isnan().all() for x in of_all)
         assert of_one.lse.isnan().nonzero().flatten().tolist() == [3]
 
 

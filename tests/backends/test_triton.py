@@ -125,6 +125,7 @@ def test_accuracy_that_is_promised_for_float32(logits, programs):
 
 def test_masked_vocabulary_and_huge_logits():
     fold_contract.check_special_logits(backend, DEVICE)
+    fold_contract.check_masked_tokens(backend, DEVICE)
 
 
 def test_a_row_that_is_masked_as_a_whole_has_no_mass():

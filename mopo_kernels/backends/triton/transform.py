@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Arithmetic that fold and cut kernels share, in the symbols of the fold contract (backends/fold.py).
 
-u = inner · (logit + bias);   z = outer · tanh(u) with a softcap, else u
+u = inner · (logit + bias);   z = outer · tanh(u) with a softcap and where u is finite, else u
 dz/dlogit = inner · outer · bend;   bend = 1 − tanh(u)² with a softcap, else 1
 """
 
@@ -37,7 +37,7 @@ def transformed(logits, bias, column, inside, inner, outer, SOFTCAP: tl.constexp
     bend = 1
     if SOFTCAP:
         capped = short_tanh(z) if SHORT_TANH else tanh(z)
-        z = outer * capped
+        z = tl.where(tl.abs(z) < float("inf"), outer * capped, z)
         bend = 1 - capped * capped
     return tl.where(inside, z, float("-inf")), bend
 
