@@ -14,12 +14,14 @@ OnBadRow: TypeAlias = Literal["error", "skip"]
 class DataError(ValueError):
     """Data that cannot be used; one line that names the file, the row, the value and what to do about it.
 
-    `reason` is what it is counted under where rows are skipped; by default the message up to its mend.
+    `reason` is what it is counted under where rows are skipped; by default the message up to its mend. `row` is the row
+    that it is about, where the message does not name it yet.
     """
 
-    def __init__(self, message: str, reason: str | None = None) -> None:
+    def __init__(self, message: str, reason: str | None = None, row: int | None = None) -> None:
         super().__init__(message)
         self.reason = reason or message.partition(";")[0]
+        self.row = row
 
 
 def one_line(error: Exception, limit: int = 200) -> str:

@@ -82,9 +82,16 @@ def to_groups(
 def _read_groups(rows: Rows, adapter: str | None, preferred: str, bad: BadRows) -> list[Group]:
     places, plain_rows = _plain_rows(rows, bad)
     groups: list[tuple[str, Group]] = []
-    for index, row in adapt(plain_rows, adapter, preferred) if plain_rows else ():
+    try:
+        adapted = adapt(plain_rows, adapter, preferred) if plain_rows else ()
+    except DataError as error:
+        raise DataError(str(error) if error.row is None else f"{places[error.row]}: {error}") from None
+    for index, row in adapted:
         if isinstance(row, str):
             bad.leave_out(row)
+            continue
+        if isinstance(row, DataError):
+            bad.add(places[index], row)
             continue
         try:
             groups.append((places[index], _read_group(row, preferred)))

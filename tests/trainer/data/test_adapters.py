@@ -1,3 +1,4 @@
+import json
 import math
 import os
 from pathlib import Path
@@ -6,7 +7,6 @@ import pytest
 from datasets import Dataset
 
 from mopo_trainer.data import labels, load_rows, objectives, to_groups
-from mopo_trainer.data.adapters import adapt
 from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.data.sources import DataError
 
@@ -235,8 +235,30 @@ def test_adapter_by_name():
 
 
 def test_a_later_row_of_another_kind_is_named():
-    with pytest.raises(DataError, match=r"row 4: columns prompt, responses are not those of hh-rlhf"):
-        list(adapt([*HH_RLHF_ROWS, {"prompt": "p", "responses": ["a", "b"]}]))
+    with pytest.raises(
+        DataError, match=r"row 4: columns prompt, responses are not those of hh-rlhf.*1 of 5 rows are bad"
+    ):
+        to_groups([*HH_RLHF_ROWS, {"prompt": "p", "responses": ["a", "b"]}])
+
+
+def test_rows_that_an_adapter_cannot_read_are_named_by_file_and_line_or_skipped(tmp_path, caplog):
+    strange = [
+        {**SCORED, "chosen": [], "rejected": []},
+        {"prompt": "p", "responses": ["a", "b"]},
+        {**SCORED, "chosen": 7, "rejected": 7},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{broken\n" + "".join(json.dumps(row) + "\n" for row in [SCORED, *strange, SCORED]))
+    rows = load_rows(path, on_bad_row="skip")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: row 1 \(line 3\): not of the shape .*\(3 of 5 rows are bad: 2 not"
+    ):
+        to_groups(rows)
+    assert len(to_groups(rows, on_bad_row="skip")) == 2
+    assert "3 of 5 rows or prompts left out" in caplog.text
+    assert "1 columns that are not those of ultrafeedback-binarized" in caplog.text
+    with pytest.raises(DataError, match=r"^row 1: the column `image` holds"):
+        to_groups([7, SCORED, {**SCORED, "image": "x"}], on_bad_row="skip")
 
 
 def test_nothing_usable_is_an_error():

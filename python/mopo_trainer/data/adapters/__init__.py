@@ -20,7 +20,7 @@ __all__ = ["ADAPTERS", "Adapter", "adapt", "has"]
 
 logger = logging.getLogger(__name__)
 
-Adapted = tuple[int, Row | str]  # row index, row in an accepted format or why it is left out
+Adapted = tuple[int, Row | str | DataError]  # row index, row in an accepted format, why it is left out or bad
 
 LABELS = {"preference", "ratings", "comparisons", "win_rate"}
 ROWS_LOOKED_AT = 1000  # by which at least one row must have all the columns of its data set
@@ -70,7 +70,7 @@ def adapt(rows: list[Row], adapter: str | None = None, preferred: str = "preferr
     reply is better and not in what.
 
     Raises:
-        DataError: no adapter of that name, a row of another data set than the first, or rows that hold no comparison.
+        DataError: no adapter of that name, rows of several data sets, of images, or that hold no comparison.
     """
     if adapter == "none":
         return enumerate(rows)
@@ -122,12 +122,12 @@ def _recognise(rows: list[Row]) -> Adapter | None:
         fitting = [known for known in ADAPTERS if known.recognises(row)]
         if len(fitting) > 1:
             names = " and of ".join(known.name for known in fitting)
-            raise DataError(f"row {index}: has the columns of {names}; give adapter='{fitting[0].name}' or the other")
+            raise DataError(f"has the columns of {names}; give adapter='{fitting[0].name}' or the other", row=index)
         if fitting or _is_ours(row):
             return fitting[0] if fitting else None
     reason = refusal(rows[0])
     if reason:
-        raise DataError(f"row 0: {reason} (columns: {_columns(rows[0])})")
+        raise DataError(f"{reason} (columns: {_columns(rows[0])})", row=0)
     return None
 
 
@@ -136,8 +136,9 @@ def _refuse_media(rows: list[Row], columns: set[str]) -> None:
         for index, row in enumerate(rows):
             if row.get(column) not in (None, "", []):
                 raise DataError(
-                    f"row {index}: the column `{column}` holds what the replies are about, and only text is read; "
-                    "remove the column if the text makes sense alone, or give adapter='none' to leave it unread"
+                    f"the column `{column}` holds what the replies are about, and only text is read; remove the column "
+                    "if the text makes sense alone, or give adapter='none' to leave it unread",
+                    row=index,
                 )
 
 
@@ -147,47 +148,51 @@ def _convert(rows: list[Row], adapter: Adapter) -> Iterator[Adapted]:
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
         if not recognised[index]:
-            yield index, _missing(index, row, whole, adapter)
+            yield index, _missing(row, whole, adapter)
         elif adapter.by_prompt:
             groups.setdefault((row["prompt"], system_of(row)), []).append(index)
         else:
-            yield index, _converted(index, row, adapter)
+            yield index, _converted(row, adapter)
     for indices in groups.values():
-        yield indices[0], _converted(indices[0], [rows[index] for index in indices], adapter)
+        yield indices[0], _converted([rows[index] for index in indices], adapter)
 
 
-def _converted(index: int, given: Row | list[Row], adapter: Adapter) -> Row | str:
+def _converted(given: Row | list[Row], adapter: Adapter) -> Row | str | DataError:
     try:
         return adapter.convert(given)
     except Unusable as reason:
         return str(reason)
     except SHAPE_ERRORS as error:
-        raise DataError(
-            f"row {index}: not of the shape that rows of {adapter.name} have ({type(error).__name__}: "
-            f"{one_line(error)}); mend it, or give adapter='none' if the data only looks like them"
-        ) from error
+        shape = f"not of the shape that rows of {adapter.name} have"
+        return DataError(
+            f"{shape} ({type(error).__name__}: {one_line(error)}); mend it, or give adapter='none' if the data only "
+            "looks like them",
+            shape,
+        )
 
 
-def _missing(index: int, row: Row, whole: Row | None, adapter: Adapter) -> str:
-    """Why a row that is not recognised is left out: values that other rows have are missing in it."""
+def _missing(row: Row, whole: Row | None, adapter: Adapter) -> str | DataError:
+    """Why a row that is not recognised is left out: values that other rows have are missing in it; or bad."""
     if whole is None or any(has(row, column) and not has(whole, column) for column in row):
-        raise DataError(
-            f"row {index}: columns {_columns(row)} are not those of {adapter.name}; "
-            f"give adapter='none' if the data only looks like {adapter.name}, or mend the row"
+        return DataError(
+            f"columns {_columns(row)} are not those of {adapter.name}; "
+            f"give adapter='none' if the data only looks like {adapter.name}, or mend the row",
+            f"columns that are not those of {adapter.name}",
         )
     missing = [column for column in whole if has(whole, column) and not has(row, column)]
     decisive = [column for column in missing if adapter.recognises({**row, column: whole[column]})] or missing
     if not adapter.recognises({**row, **{column: whole[column] for column in missing}}):
-        raise DataError(
-            f"row {index}: columns {_columns(row)} hold other kinds of values than {adapter.name} has; "
-            "mend the row, or give adapter='none' if the data only looks like it"
+        return DataError(
+            f"columns {_columns(row)} hold other kinds of values than {adapter.name} has; "
+            "mend the row, or give adapter='none' if the data only looks like it",
+            f"other kinds of values than {adapter.name} has",
         )
     return f"no {', '.join(f'`{column}`' for column in decisive)}"
 
 
-def _renamed(row: Row | str, preferred: str) -> Row | str:
+def _renamed(row: Row | str | DataError, preferred: str) -> Row | str | DataError:
     """The row with the judgement that has no name of its own under the name `preferred`."""
-    if isinstance(row, str):
+    if not isinstance(row, Mapping):
         return row
     labels = {
         column: {preferred if name == "preferred" else name: values for name, values in row[column].items()}
@@ -201,11 +206,11 @@ def _in_messages(adapted: Iterable[Adapted], systems: Mapping[int, str]) -> Iter
     """All rows in messages, those of `systems` with their system message."""
     for index, row in adapted:
         row = _with_system(row, systems.get(index))
-        yield index, row if isinstance(row, str) or is_chat(row) else as_chat(row)
+        yield index, as_chat(row) if isinstance(row, Mapping) and not is_chat(row) else row
 
 
-def _with_system(row: Row | str, system: str | None) -> Row | str:
-    if isinstance(row, str) or system is None:
+def _with_system(row: Row | str | DataError, system: str | None) -> Row | str | DataError:
+    if not isinstance(row, Mapping) or system is None:
         return row
     try:
         return with_system(row, system)
