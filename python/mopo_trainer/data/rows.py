@@ -23,7 +23,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from mopo_trainer.data.adapters import adapt, has
-from mopo_trainer.data.adapters.dialogues import replies_to
+from mopo_trainer.data.adapters.dialogues import OUR_ROLES, replies_to, role_of
 from mopo_trainer.data.errors import BadRows, DataError, OnBadRow
 from mopo_trainer.data.labels import FORMATS, FloatArray, Group, Label, tie_equal_responses, win_rates
 from mopo_trainer.data.scorers import Scorer
@@ -136,11 +136,12 @@ def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
         if not isinstance(by_objective, Mapping):
             raise DataError(f"`{column}` is {_shown(by_objective)}; write {{objective: ..}}")
         for name, value in by_objective.items():
-            if value is not None:
-                _check_objective(name)
             if value is None:
-                labels.setdefault(name, None)
-            elif labels.get(name) is None:
+                if _is_name(name):  # a table has the names of bad rows in every row
+                    labels.setdefault(name, None)
+                continue
+            _check_objective(name)
+            if labels.get(name) is None:
                 labels[name] = read_label(f"{column} of {name!r}", value, len(responses))
             else:
                 raise DataError(
@@ -149,8 +150,12 @@ def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
     return Group(prompt, responses, labels)
 
 
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and name == name.strip()
+
+
 def _check_objective(name: Any) -> None:
-    if not isinstance(name, str) or not name.strip() or name != name.strip():
+    if not _is_name(name):
         raise DataError(f"the objective's name is {name!r}; write a name, without spaces around it")
 
 
@@ -182,7 +187,7 @@ def _split_shared_prompt(pair: list[Any]) -> tuple[list[Any] | None, list[Any]]:
     shared = 0
     while shared < min(len(first), len(second)) and first[shared] == second[shared]:
         shared += 1
-    if first == second and first and first[-1].get("role") == "assistant":  # the same reply twice
+    if first == second and first and role_of(first[-1]) == "assistant":  # the same reply twice
         shared -= 1
     return first[:shared] or None, [first[shared:], second[shared:]]
 
@@ -207,8 +212,10 @@ def _read_text(name: str, text: Any) -> Text:
 
 
 def _with_text(name: str, message: dict[str, Any]) -> dict[str, Any]:
-    """The message, its content as one text if it came in parts."""
+    """The message, its role by the usual name and its content as one text if it came in parts."""
     parts = message.get("content")
+    if message.get("role") not in OUR_ROLES and message.get("role"):
+        message = {**message, "role": role_of(message)}
     if not isinstance(parts, list):
         return message
     texts = []

@@ -257,7 +257,7 @@ def test_rows_that_an_adapter_cannot_read_are_named_by_file_and_line_or_skipped(
     assert len(to_groups(rows, on_bad_row="skip")) == 2
     assert "3 of 5 rows or prompts left out" in caplog.text
     assert "1 columns that are not those of ultrafeedback-binarized" in caplog.text
-    with pytest.raises(DataError, match=r"^row 1: the column `image` holds"):
+    with pytest.raises(DataError, match=r"^row 2: the column `image` holds"):
         to_groups([7, SCORED, {**SCORED, "image": "x"}], on_bad_row="skip")
 
 
@@ -535,3 +535,76 @@ def test_real_hh_rlhf(caplog):
     assert win_rate[::2, 0].eq(1).all()
     assert win_rate[1::2, 0].eq(0).all()
     assert group.tolist() == [index // 2 for index in range(2 * 2308)]
+
+
+# ------------------------------------------------------------------------------------ what looks like another thing
+
+
+HH_PROMPT = "\n\nHuman: A?\n\nAssistant: A.\n\nHuman: B?"
+
+
+@pytest.mark.parametrize("end", ["\n\nAssistant:", "\n\nAssistant: ", "", "\n"])
+@pytest.mark.parametrize("reply", ["{}", " {}", "\n\nAssistant: {}", HH_PROMPT + "\n\nAssistant: {}"])
+def test_a_dialogue_as_the_prompt_is_not_repeated_in_the_replies(end, reply):
+    row = {"prompt": HH_PROMPT + end, "chosen": reply.format("Good."), "rejected": reply.format("Bad.")}
+    for extra in ({}, {"score_chosen": 2, "score_rejected": 1}):
+        [group] = to_groups([{**row, **extra}])
+        assert group["prompt"] == SHARED
+        assert group["responses"] == [[assistant("Good.")], [assistant("Bad.")]]
+    assert to_groups([{**row, "prompt": "\n\nHuman: B?" + end, "chosen": "a", "rejected": "b"}])["prompt"] == [
+        SHARED[2:]
+    ]
+
+
+def test_a_prompt_beside_dialogues_that_begin_with_it_is_not_repeated():
+    row = {"prompt": "Q?", "chosen": "\n\nHuman: Q?\n\nAssistant: a", "rejected": "\n\nHuman: Q?\n\nAssistant: b"}
+    for extra in ({}, {"score_chosen": 2, "score_rejected": 1}):
+        [group] = to_groups([{**row, **extra}])
+        assert group["prompt"] == [user("Q?")]
+        assert group["responses"] == [[assistant("a")], [assistant("b")]]
+
+
+@pytest.mark.parametrize(("you", "me"), [("human", "gpt"), ("User", "Assistant"), ("prompter", "bot")])
+def test_speakers_under_other_names_are_the_user_and_the_assistant(you, me):
+    def turn(speaker, text):
+        return {"role": speaker, "content": text}
+
+    row = {"chosen": [turn(you, "Q?"), turn(me, "a")], "rejected": [turn(you, "Q?"), turn(me, "b")]}
+    [group] = to_groups([row])
+    assert group["prompt"] == [user("Q?")]
+    assert group["responses"] == [[assistant("a")], [assistant("b")]]
+    assert to_groups([{**row, "rejected": row["chosen"]}])["win_rate"] == [{"preferred": [0.5, 0.5]}]
+    more = {key: [*row[key], turn(you, "More?"), turn(me, "c")] for key in row}
+    with pytest.raises(DataError, match="row 0: response 0 holds a turn of the user"):
+        to_groups([more])
+
+
+@pytest.mark.parametrize("system", [["Be brief."], {"role": "system", "content": "Be brief."}, 7])
+def test_a_system_column_that_is_no_text_is_not_dropped(system, caplog):
+    rows = [PAIR, {**PAIR, "system": system}]
+    with pytest.raises(DataError, match=r"^row 1: the column `system` holds a .*; write text"):
+        to_groups(rows)
+    assert len(to_groups(rows, on_bad_row="skip")) == 1
+    assert "1 `system` is no text" in caplog.text
+    assert to_groups([{**PAIR, "system_message": "Be brief."}])["prompt"][0][0]["role"] == "system"
+
+
+def test_an_instruction_may_stand_in_the_input_alone():
+    assert to_groups([{"instruction": "", "input": "Q?", "chosen": "a", "rejected": "b"}])["prompt"] == ["Q?"]
+
+
+def test_an_empty_system_message_does_not_hide_another_prompt(caplog):
+    dialogue = [{"role": "system", "content": ""}, user("Other?")]
+    other = {"prompt": "Q?", "chosen": [*dialogue, assistant("a")], "rejected": [*dialogue, assistant("b")]}
+    with pytest.raises(DataError, match="1 a prompt that its dialogues do not begin with"):
+        to_groups([other])
+
+
+def test_arena_winners_written_as_text():
+    battle = {"prompt": "Q?", "response_a": "a", "response_b": "b", "winner_model_a": "0", "winner_model_b": "1"}
+    assert to_groups([battle])["win_rate"] == [{"preferred": [0.0, 1.0]}]
+
+
+def test_names_of_objectives_that_are_left_out_with_their_rows_are_forgotten():
+    rows = Dataset.from_list([{**PAIR, "preference": {" x": 1.0, "y": 1.0}}, {**PAIR, "preference": {"y": 0.0}}])
+    assert objectives(to_groups(rows, on_bad_row="skip")) == ["y"]

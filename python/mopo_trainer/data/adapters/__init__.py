@@ -87,7 +87,7 @@ def adapt(rows: list[Row], adapter: str | None = None, preferred: str = "preferr
     adapted: Iterable[Adapted] = _convert(rows, known) if known else enumerate(rows)
     if preferred != "preferred" and known:
         adapted = ((index, _renamed(row, preferred)) for index, row in adapted)
-    systems: dict[int, str] = {}
+    systems: dict[int, str | DataError] = {}
     if columns.intersection(SYSTEM_COLUMNS):
         systems = {index: text for index, row in enumerate(rows) if (text := system_of(row))}
     if systems:
@@ -150,7 +150,7 @@ def _convert(rows: list[Row], adapter: Adapter) -> Iterator[Adapted]:
         if not recognised[index]:
             yield index, _missing(row, whole, adapter)
         elif adapter.by_prompt:
-            groups.setdefault((row["prompt"], system_of(row)), []).append(index)
+            groups.setdefault((row["prompt"], str(system_of(row))), []).append(index)
         else:
             yield index, _converted(row, adapter)
     for indices in groups.values():
@@ -202,16 +202,18 @@ def _renamed(row: Row | str | DataError, preferred: str) -> Row | str | DataErro
     return {**row, **labels}
 
 
-def _in_messages(adapted: Iterable[Adapted], systems: Mapping[int, str]) -> Iterator[Adapted]:
+def _in_messages(adapted: Iterable[Adapted], systems: Mapping[int, str | DataError]) -> Iterator[Adapted]:
     """All rows in messages, those of `systems` with their system message."""
     for index, row in adapted:
         row = _with_system(row, systems.get(index))
         yield index, as_chat(row) if isinstance(row, Mapping) and not is_chat(row) else row
 
 
-def _with_system(row: Row | str | DataError, system: str | None) -> Row | str | DataError:
+def _with_system(row: Row | str | DataError, system: str | DataError | None) -> Row | str | DataError:
     if not isinstance(row, Mapping) or system is None:
         return row
+    if isinstance(system, DataError):
+        return system
     try:
         return with_system(row, system)
     except Unusable as reason:

@@ -22,7 +22,7 @@ ROLES = {
     "system": "system",
 }
 OUR_ROLES = {"user", "assistant", "system"}
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 TEXT_COLUMNS = ("chosen", "rejected", "response_0", "response_1")
 
 NO_PROMPT = "no prompt"
@@ -48,6 +48,11 @@ def is_turns(value: Any) -> bool:
     """Whether `value` is one turn or a list of turns in some notation."""
     turns = [value] if isinstance(value, Mapping) else value
     return isinstance(turns, list) and bool(turns) and all(isinstance(turn, Mapping) for turn in turns)
+
+
+def role_of(turn: Row) -> Any:
+    """Who speaks, by the name that chat templates know."""
+    return ROLES.get(str(turn.get("role")).lower(), turn.get("role"))
 
 
 def read_turns(value: Any) -> Messages:
@@ -95,6 +100,19 @@ def read_hh_dialogue(text: str) -> Messages:
         else:
             messages.append(message(role, said.strip()))
     return messages
+
+
+def is_hh_prompt(text: Any) -> bool:
+    """Whether text is a dialogue in which the assistant's reply is to come."""
+    if not isinstance(text, str) or not (is_hh_dialogue(text) or text.startswith("\n\nHuman:")):
+        return False
+    last = read_hh_dialogue(text)[-1]
+    return last["role"] == "user" or not last["content"]
+
+
+def read_hh_prompt(text: str) -> Messages:
+    messages = read_hh_dialogue(text)
+    return messages if messages[-1]["role"] == "user" else messages[:-1]
 
 
 def is_steerlm(text: Any) -> bool:
@@ -165,9 +183,16 @@ def as_chat(row: Row) -> dict[str, Any]:
     return {**row, **changed}
 
 
-def system_of(row: Row) -> str | None:
-    """The text of the column `system` or `system_prompt`."""
-    return next((text for column in SYSTEM_COLUMNS if isinstance(text := row.get(column), str) and text.strip()), None)
+def system_of(row: Row) -> str | DataError | None:
+    """The text of the column `system`, `system_prompt` or `system_message`; an error for anything else in it."""
+    for column in SYSTEM_COLUMNS:
+        text = row.get(column)
+        if isinstance(text, str) and text.strip():
+            return text
+        if text and not isinstance(text, str):
+            kind = type(text).__name__
+            return DataError(f"the column `{column}` holds a {kind}; write text", f"`{column}` is no text")
+    return None
 
 
 def with_system(row: Row, system: str) -> dict[str, Any]:

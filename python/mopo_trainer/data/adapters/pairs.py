@@ -14,9 +14,11 @@ from mopo_trainer.data.adapters.dialogues import (
     Unusable,
     group,
     is_hh_dialogue,
+    is_hh_prompt,
     is_turns,
     message,
     read_hh_dialogue,
+    read_hh_prompt,
     read_turns,
     split_dialogues,
 )
@@ -95,13 +97,15 @@ def is_hh_pair(row: Row) -> bool:
     pair = (row.get("chosen"), row.get("rejected"))
     if is_scored(row) or not all(isinstance(text, str) for text in pair):
         return False
-    if row.get("prompt") is not None:
-        return is_hh_prompt(row["prompt"])
+    prompt = row.get("prompt")
+    if prompt is not None:
+        return is_hh_prompt(prompt) or (isinstance(prompt, str) and all(_begins_with(text, prompt) for text in pair))
     return all(map(is_hh_dialogue, pair)) and text_prompt(row) is None
 
 
-def is_hh_prompt(prompt: Any) -> bool:
-    return is_hh_dialogue(prompt) and prompt.rstrip().endswith("\nAssistant:")
+def _begins_with(text: Any, prompt: str) -> bool:
+    """Whether text is a dialogue of which the prompt is the first turn."""
+    return is_hh_dialogue(text) and read_hh_dialogue(text)[0]["content"] == prompt.strip()
 
 
 def speaks(row: Row) -> bool:
@@ -122,12 +126,18 @@ def convert_pair(row: Row) -> Row:
     if not isinstance(first, str):
         return _labelled(row, *_reply_to(context, *split_dialogues([read_turns(first), read_turns(second)])))
     if is_hh_prompt(row.get("prompt")):
-        return _labelled(row, context, [first.strip(), second.strip()])
-    if context is not None:
+        return _labelled(row, context, [_hh_reply(text, row["prompt"]) for text in (first, second)])
+    repeated = isinstance(context, str) and _begins_with(first, context) and _begins_with(second, context)
+    if context is not None and not repeated:
         return _labelled(row, context, [first, second])
     if not (is_hh_dialogue(first) and is_hh_dialogue(second)):
         raise Unusable(NO_PROMPT)
     return _labelled(row, *split_dialogues([read_hh_dialogue(first), read_hh_dialogue(second)]))
+
+
+def _hh_reply(text: str, prompt: str) -> str:
+    """The reply alone, without the prompt that whole dialogues repeat and the mark of whose turn it is."""
+    return text.strip().removeprefix(prompt.strip()).strip().removeprefix("Assistant:").strip()
 
 
 def _reply_to(context: str | Messages | None, shared: Messages, replies: list[Messages]) -> tuple[Any, list[Messages]]:
@@ -136,7 +146,7 @@ def _reply_to(context: str | Messages | None, shared: Messages, replies: list[Me
         own = [message("user", context)]
         if all(turn["role"] == "system" for turn in shared):
             return [*shared, *own], replies
-        if any(_overlap(context, str(turn.get("content"))) for turn in shared):
+        if any(turn.get("content") and _overlap(context, str(turn["content"])) for turn in shared):
             return shared, replies
     elif context is None or shared[: len(context)] == context:
         return shared, replies
@@ -168,8 +178,8 @@ def _prompt(row: Row) -> str | Messages | None:
     if is_turns(row.get("prompt")):
         return read_turns(row["prompt"])
     prompt = text_prompt(row)
-    if is_hh_prompt(prompt):
-        return read_hh_dialogue(str(prompt))[:-1]
+    if prompt is not None and is_hh_prompt(prompt):
+        return read_hh_prompt(prompt)
     if prompt is None or not row.get("history"):
         return prompt
     rounds = [[message("user", said), message("assistant", reply)] for said, reply in row["history"]]
@@ -186,7 +196,7 @@ def text_prompt(row: Row) -> str | None:
     if isinstance(row.get("context"), str):
         return None
     if isinstance(instruction, str) and question is None:
-        return f"{instruction}\n{given}" if given else instruction
+        return f"{instruction}\n{given}" if given and instruction else instruction or given
     asked = [text for text in (instruction, question, given) if isinstance(text, str)]
     return asked[0] if len(asked) == 1 else None
 

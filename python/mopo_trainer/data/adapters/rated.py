@@ -10,12 +10,13 @@ from mopo_trainer.data.adapters.dialogues import (
     Unusable,
     group,
     is_blank,
+    is_hh_prompt,
     is_steerlm,
     is_turns,
-    read_hh_dialogue,
+    read_hh_prompt,
     read_steerlm,
 )
-from mopo_trainer.data.adapters.pairs import is_hh_prompt, number, pair_columns, rating_list, text_prompt
+from mopo_trainer.data.adapters.pairs import number, pair_columns, rating_list, text_prompt
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER_RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -89,7 +90,7 @@ def convert_nectar(row: Row) -> Row:
     """Rank 1 is the best answer; an answer without a rank is compared with none."""
     ranks = [number(answer["rank"]) for answer in row["answers"]]
     ratings = {"preferred": [None if rank is None else -rank for rank in ranks]}
-    prompt = read_hh_dialogue(row["prompt"])[:-1] if is_hh_prompt(row["prompt"]) else row["prompt"]
+    prompt = read_hh_prompt(row["prompt"]) if is_hh_prompt(row["prompt"]) else row["prompt"]
     return rated_group(prompt, [answer["answer"] for answer in row["answers"]], ratings, "fewer than two answers")
 
 

@@ -153,7 +153,7 @@ def _battle(row: Row, prompt: Any, replies: Sequence[Any]) -> Row:
         outcome = WINNERS.get(row["winner"])
     else:
         columns = {"winner_model_a": 1.0, "winner_model_b": 0.0, "winner_tie": 0.5}
-        outcome = next((probability for column, probability in columns.items() if row.get(column) == 1), None)
+        outcome = next((probability for column, probability in columns.items() if number(row.get(column)) == 1), None)
     if outcome is None:
         raise Unusable(NO_VERDICT)
     return group(prompt, replies, preference={"preferred": outcome})
