@@ -28,6 +28,7 @@ from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.policy import run_total_logprob
 from mopo_kernels.head.tokens import run_logits_logprob
 from mopo_kernels.objective import ops
+from mopo_kernels.transforms import refuse_transforms
 
 
 def linear_logprob(
@@ -124,8 +125,9 @@ def token_logprob(
     target = token_ids(target)
     check_logits(logits, target)
     call = HeadCall.of(temperature=temperature, softcap=softcap, ignore_index=ignore_index)
-    check_target(target, logits.shape[-1], ignore_index)
     call = call.on(backends.choose("token_logprob", logits.device.type, backend).backend)
+    refuse_transforms("token_logprob", call.backend, logits, target)
+    check_target(target, logits.shape[-1], ignore_index)
     rows, targets = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if call.backend == "reference":
         logp = reference.logits_logprob(rows, targets, call.transform, ignore_index)
@@ -180,7 +182,9 @@ def enter(inputs: HeadInputs, call: HeadCall, backend: str | None) -> tuple[Head
     """A head's tensors, checked but for their values and cast as autocast has it, and the call with who runs it."""
     check_head(inputs.hidden, inputs.weight, inputs.target, inputs.bias)
     inputs = inputs.autocast()
-    return inputs, call.on(choose_backend(inputs, call, backend), inputs.needs)
+    name = choose_backend(inputs, call, backend)
+    refuse_transforms("linear_logprob", name, *inputs)
+    return inputs, call.on(name, inputs.needs)
 
 
 def sequence_totals(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]

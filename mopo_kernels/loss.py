@@ -38,6 +38,7 @@ from mopo_kernels.head.policy import linear_policy_loss
 from mopo_kernels.logprob import enter, sequence_totals
 from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
 from mopo_kernels.objective.target import LabelStatistics, measure
+from mopo_kernels.transforms import refuse_transforms
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,7 @@ def mopo_objective(
     choice. Raises ValueError for malformed arguments, unless called under torch.compile, where values cannot be looked
     at. Source: paper, Eq. 7 (clone); contrast is DPO's and regress is IPO's loss with several objectives (ours).
     """
+    refuse_transforms("mopo_objective", "reference", logp, win_rate, group, multipliers, ref_logp, lag_log_ratio)
     labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
     check_label_shapes(labels)
     responses = win_rate.shape[0]

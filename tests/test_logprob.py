@@ -1,5 +1,6 @@
 """linear_logprob, token_logprob, sequence_logprob against an independent float64 formula, and their errors."""
 
+import functools
 import math
 
 import pytest
@@ -274,3 +275,71 @@ def test_environment_names_the_backend(monkeypatch):
     monkeypatch.setenv("MOPO_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="MOPO_BACKEND='nonsense' cannot run"):
         token_logprob(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+TRANSFORMED = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(3, dtype=x.dtype))[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMED)
+def test_transforms_of_torch_func_are_refused_with_the_backend_that_has_them(transform):
+    """Forward mode would give zeros otherwise."""
+    transformed, (hidden, weight, _, target) = TRANSFORMED[transform], make(3, 4, 9)
+    hidden, weight = hidden.detach(), weight.detach()
+    expected = transformed(lambda x: formula(x, weight, None, target), hidden)
+    assert expected.abs().sum() > 0
+    for op in (
+        lambda x, backend: linear_logprob(x, weight, target, backend=backend),
+        lambda x, backend: sequence_logprob(x[:, None], weight, target[:, None], backend=backend),
+        lambda x, backend: token_logprob(x @ weight.T, target, backend=backend),
+    ):
+        torch.testing.assert_close(transformed(functools.partial(op, backend="reference"), hidden), expected)
+        with pytest.raises(RuntimeError, match=r"^(linear|token)_logprob of backend='cpu' .* give it backend='ref"):
+            transformed(functools.partial(op, backend="cpu"), hidden)
+
+
+def test_forward_mode_is_refused_too():
+    hidden, weight, _, target = (x if x is None else x.detach() for x in make(3, 4, 9))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(hidden, hidden)
+        with pytest.raises(RuntimeError, match="give it backend='reference'"):
+            linear_logprob(dual, weight, target, backend="cpu")
+        assert torch.autograd.forward_ad.unpack_dual(
+            linear_logprob(dual, weight, target, backend="reference")
+        ).tangent.any()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_vmap_is_refused_by_the_name_of_the_op(backend):
+    hidden, weight, _, target = (x if x is None else x.detach() for x in make(3, 4, 9))
+    linear = functools.partial(linear_logprob, backend=backend)
+    with pytest.raises(RuntimeError, match=r"linear_logprob .* torch.func.vmap hides; call it once with all rows"):
+        torch.func.vmap(linear, (0, None, 0))(hidden[:, None], weight, target[:, None])
+    with pytest.raises(RuntimeError, match=r"linear_logprob .* torch.func.vmap hides"):
+        torch.func.vmap(linear, (None, 0, None))(hidden, weight.repeat(2, 1, 1), target)
+    per_sample = torch.func.grad(lambda h, t: linear(h, weight, t).sum())
+    with pytest.raises(RuntimeError, match=r"linear_logprob .* torch.func.vmap hides"):
+        torch.func.vmap(per_sample)(hidden[:, None], target[:, None])
+    with pytest.raises(RuntimeError, match=r"token_logprob .* torch.func.vmap hides"):
+        torch.func.vmap(functools.partial(token_logprob, backend=backend))(hidden[:, None], target[:, None])
+
+
+def test_functional_call_needs_no_transform_and_its_gradient_the_reference():
+    hidden, weight, _, target = make(3, 4, 9)
+
+    class Head(torch.nn.Linear):
+        def forward(self, x, backend):
+            return linear_logprob(x, self.weight, target, bias=self.bias, backend=backend).sum()
+
+    head = Head(4, 9, dtype=torch.float64)
+    parameters = {"weight": weight, "bias": torch.zeros(9, dtype=torch.float64)}
+    loss = torch.func.functional_call(head, parameters, (hidden, None))
+    torch.testing.assert_close(loss, formula(hidden, weight, None, target).sum())
+    by_name = torch.func.grad(lambda p: torch.func.functional_call(head, p, (hidden.detach(), "reference")))(parameters)
+    torch.testing.assert_close(by_name["weight"], torch.autograd.grad(loss, weight)[0])

@@ -193,3 +193,9 @@ def test_nan_hidden_states_are_named_before_the_loss():
     b["hidden"].data[2, 1] = float("nan")
     with pytest.raises(ValueError, match="hidden holds NaN"):
         mopo_loss(**b, tau=TAU, min_weight=0.0)
+
+
+def test_vmap_is_refused_by_name():
+    labels = torch.rand(4, 2, dtype=torch.float64), torch.tensor([0, 0, 1, 1]), torch.ones(2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"mopo_objective .* torch.func.vmap hides"):
+        torch.func.vmap(lambda logp: mopo_objective(logp, *labels, tau=1.0).loss)(torch.randn(3, 4))

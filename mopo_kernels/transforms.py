@@ -1,0 +1,36 @@
+"""Transforms of torch.func: refused where an op has no rule for them, some of which give zeros without a word."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+functorch = torch._C._functorch
+
+
+def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
+    """Raise where a transform is active that `op` cannot run under on `backend`."""
+    if torch.compiler.is_compiling():
+        return
+    interpreters = functorch.get_interpreter_stack() or []
+    if interpreters and any(_is_batched(x) for x in tensors if x is not None):
+        raise RuntimeError(
+            f"{op} looks at the values of its arguments, which torch.func.vmap hides; call it once with all rows"
+        )
+    is_differentiating = forward_ad._current_level >= 0 or any(
+        interpreter.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for interpreter in interpreters
+    )
+    if is_differentiating and backend != "reference":
+        raise RuntimeError(
+            f"{op} of backend={backend!r} has gradients for Tensor.backward and torch.autograd.grad alone; "
+            "give it backend='reference' under torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian"
+        )
+
+
+def _is_batched(x: Tensor) -> bool:
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
