@@ -62,8 +62,8 @@ def write_gradient(out, lse, coefficient, logits, target, transform, widths):
     fold_contract.fold_gradient(backend, logits, target, lse, coefficient, transform, None, widths, out)
 
 
-def check_tiles(rows, widths, offset, padding, out_offset, dtype, transform, with_bias=True, scale=1.0, seed=0):
-    options = {"with_bias": with_bias, "scale": scale, "seed": seed}
+def check_tiles(rows, widths, offset, padding, out_offset, dtype, transform, with_bias=True, scale=1.0, seed=0, **more):
+    options = {"with_bias": with_bias, "scale": scale, "seed": seed, **more}
     places = {"offset": offset, "padding": padding, "out_offset": out_offset}
     fold_contract.check_tiles(
         backend, DEVICE, rows=rows, widths=widths, dtype=dtype, transform=transform, **places, **options

@@ -236,5 +236,3 @@ def launch(
     if grad_hidden is not None:
         grad_hidden = grad_hidden[0] if copies == 1 else grad_hidden.sum(0)
     return grad_hidden, grad_weight, grad_bias
-
-
