@@ -50,7 +50,7 @@ class ScriptArguments:
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Labels: JSONL, JSON, Parquet, a directory of save_to_disk, or a hub name."},
+        metadata={"help": "Labels: JSONL, JSON, Parquet or Arrow, compressed or not, a directory or a hub name."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a directory or hub dataset."})

@@ -14,7 +14,7 @@ from mopo_trainer.data.values import PlainValues
 
 logger = logging.getLogger(__name__)
 
-AROUND_ROWS = ("data", "rows", "examples", "instances")
+AROUND_ROWS = ("data", "rows", "examples", "instances", "items", "samples", "records", "results", "entries", "dataset")
 
 
 class JSONRows(NamedTuple):
@@ -114,6 +114,8 @@ def _rows_of_object(value: dict[str, Any], split: str) -> list[Any]:
             if isinstance(total, int) and total > len(value[name]):
                 logger.warning("the file holds %d of the %d rows of its data set", len(value[name]), total)
             return value[name]
+        if set(value) == {name} and isinstance(value[name], dict):
+            return _rows_of_object(value[name], split)
     columns = list(value.values())
     if {"columns", "data"} <= set(value):  # pandas, orient="split"
         return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -133,7 +133,7 @@ def _read_group(row: Mapping[str, Any], preferred: str) -> Group:
         by_objective = row.get(column) or {}
         if column == "preference" and has(row, "chosen") and not has(row, column):
             by_objective = {preferred: 1.0}
-        if not isinstance(by_objective, Mapping):
+        if not isinstance(by_objective, dict):
             raise DataError(f"`{column}` is {_shown(by_objective)}; write {{objective: ..}}")
         for name, value in by_objective.items():
             if value is None:
@@ -163,7 +163,7 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
     pairs = [[row[column] for column in pair] for pair in PAIR_COLUMNS if has(row, *pair)]
     given = [*pairs, row["responses"]] if has(row, "responses") else pairs
     if len(given) != 1:
-        columns = ", ".join(column for column in row if has(row, column)) or "none"
+        columns = _shown_names(column for column in row if has(row, column))
         problem = "responses are given twice" if given else "unknown columns"
         raise DataError(f"{problem} (columns: {columns}); accepted are {FORMATS}")
     prompt, responses = row.get("prompt"), given[0]
@@ -177,6 +177,11 @@ def _read_texts(row: Mapping[str, Any]) -> tuple[Text, list[Text]]:
     if any(isinstance(response, str) != isinstance(prompt, str) for response in responses):
         raise DataError("the prompt and the responses mix plain text and messages; write all of them the same way")
     return prompt, responses
+
+
+def _shown_names(names: Iterable[str], most: int = 20) -> str:
+    shown = list(names)
+    return ", ".join([*shown[:most], f"{len(shown) - most} more"] if len(shown) > most else shown) or "none"
 
 
 def _split_shared_prompt(pair: list[Any]) -> tuple[list[Any] | None, list[Any]]:
@@ -196,7 +201,7 @@ def _read_text(name: str, text: Any) -> Text:
     if isinstance(text, str):
         if text.strip():
             return text
-    elif isinstance(text, list) and all(isinstance(message, Mapping) for message in text):
+    elif isinstance(text, list) and all(isinstance(message, dict) for message in text):
         messages = [_with_text(name, message) for message in without_nulls(text)]
         if not all(isinstance(message.get("role"), str) for message in messages):
             keys = ", ".join(dict.fromkeys(key for message in messages for key in message))
@@ -220,8 +225,8 @@ def _with_text(name: str, message: dict[str, Any]) -> dict[str, Any]:
         return message
     texts = []
     for part in parts:
-        kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
-        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type") or "text" if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
             raise DataError(
                 f"a message of the {name} has a part of type {kind!r} ({_shown(part)}); only text is trained on, "

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 KINDS = f"{', '.join(JSON_SUFFIXES)}, .parquet, .arrow, or one of these as .gz, .bz2, .xz, .zst, .zip"
+NAMED = (*JSON_SUFFIXES, ".gz", ".bz2", ".xz", ".zst", ".zip")
 FILE_NAME = re.compile(r".*\.(jsonl|json|ndjson|parquet|arrow|csv|tsv|gz|bz2|xz|zst|zip)")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MOST_DEPTH = 32  # schemas of more than 64 levels cannot be exchanged between Arrow's libraries
@@ -125,7 +126,7 @@ def _check_text(path: Path, content: bytes) -> None:
         raise DataError(f"{path}: a web page, perhaps a login or an error, instead of data; download the file again")
     if path.suffix in (".parquet", ".arrow"):
         raise DataError(f"{path}: not a readable {path.suffix[1:].capitalize()} file; download or write it again")
-    if not set(JSON_SUFFIXES) & set(path.suffixes) and not start.startswith((b"{", b"[")):
+    if path.suffix not in NAMED and not start.startswith((b"{", b"[")):
         mend = f"give one of {KINDS}"
         if path.suffix in (".csv", ".tsv"):
             mend += ", with labels as objects (datasets' Dataset.from_csv(..).to_json(..) writes JSON Lines)"

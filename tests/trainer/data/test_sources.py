@@ -163,7 +163,12 @@ PAIRS = [PAIR, {**PAIR, "prompt": "\u00fc \U0001f600"}]
         json.dumps({key: {str(i): row[key] for i, row in enumerate(PAIRS)} for key in PAIR}, indent=2).encode(),
         json.dumps({str(i): row for i, row in enumerate(PAIRS)}).encode(),
         json.dumps({"columns": list(PAIR), "index": [0, 1], "data": [list(row.values()) for row in PAIRS]}).encode(),
-        *(json.dumps({name: PAIRS, "v": 1}).encode() for name in ("data", "rows", "train", "examples", "instances")),
+        *(
+            json.dumps({name: PAIRS, "v": 1}).encode()
+            for name in ("data", "rows", "train", "examples", "instances", "records")
+        ),
+        json.dumps({"data": {key: [row[key] for row in PAIRS] for key in PAIR}}).encode(),
+        json.dumps({"data": {"train": PAIRS, "test": PAIRS[:1]}}).encode(),
         json.dumps({"train": PAIRS, "test": PAIRS[:1]}, indent=2).encode(),
         json.dumps(
             {"rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(PAIRS)]}
@@ -274,6 +279,7 @@ def test_clone_with_configurations(tmp_path):
             b'{"rows": [{"row_idx": 0, "row": {}, "truncated_cells": ["prompt"]}]}',
             r"viewer cut prompt short",
         ),
+        ("rows.jsonl.lz4", b"\x04\x22M\x18", r"rows\.jsonl\.lz4: unknown kind of file; give one of"),
         ("rows.csv", b"a,b\n", r"rows\.csv: unknown kind of file; give one of \.jsonl"),
     ],
 )
@@ -281,6 +287,21 @@ def test_broken_files_name_file_and_line(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         load_rows(write(tmp_path / name, content))
     assert "\n" not in str(caught.value)
+
+
+def test_the_mend_told_for_csv_works(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\np,a,b\n")
+    with pytest.raises(DataError, match=r"Dataset\.from_csv\(\.\.\)\.to_json\(\.\.\) writes JSON Lines"):
+        load_rows(tmp_path / "rows.csv")
+    Dataset.from_csv(str(tmp_path / "rows.csv"), cache_dir=tmp_path).to_json(tmp_path / "rows.jsonl")
+    assert to_groups(load_rows(tmp_path / "rows.jsonl"))["win_rate"] == [{"preferred": [1.0, 0.0]}]
+
+
+def test_an_object_by_names_of_its_own_is_refused_in_one_short_line(tmp_path):
+    path = write(tmp_path / "rows.json", json.dumps({f"id{i}": PAIR for i in range(900)}, indent=1).encode())
+    with pytest.raises(DataError, match=r"unknown columns \(columns: id0, .*, 880 more\)") as caught:
+        to_groups(load_rows(path))
+    assert len(str(caught.value)) < 600 + len(path)
 
 
 def test_gzip_cut_short(tmp_path):

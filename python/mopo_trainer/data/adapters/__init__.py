@@ -107,7 +107,7 @@ def has(row: Row, *columns: str) -> bool:
 
 def _is_labelled(row: Row) -> bool:
     """Whether the row has labels in a format of ours, so that no adapter should touch it."""
-    return not LABELS.isdisjoint(row) and any(isinstance(row.get(column), Mapping) for column in LABELS)
+    return not LABELS.isdisjoint(row) and any(isinstance(row.get(column), dict) for column in LABELS)
 
 
 def _is_ours(row: Row) -> bool:
@@ -192,7 +192,7 @@ def _missing(row: Row, whole: Row | None, adapter: Adapter) -> str | DataError:
 
 def _renamed(row: Row | str | DataError, preferred: str) -> Row | str | DataError:
     """The row with the judgement that has no name of its own under the name `preferred`."""
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         return row
     labels = {
         column: {preferred if name == "preferred" else name: values for name, values in row[column].items()}
@@ -206,11 +206,11 @@ def _in_messages(adapted: Iterable[Adapted], systems: Mapping[int, str | DataErr
     """All rows in messages, those of `systems` with their system message."""
     for index, row in adapted:
         row = _with_system(row, systems.get(index))
-        yield index, as_chat(row) if isinstance(row, Mapping) and not is_chat(row) else row
+        yield index, as_chat(row) if isinstance(row, dict) and not is_chat(row) else row
 
 
 def _with_system(row: Row | str | DataError, system: str | DataError | None) -> Row | str | DataError:
-    if not isinstance(row, Mapping) or system is None:
+    if not isinstance(row, dict) or system is None:
         return row
     if isinstance(system, DataError):
         return system

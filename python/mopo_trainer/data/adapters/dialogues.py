@@ -46,8 +46,8 @@ def as_messages(text: Any, role: str) -> Any:
 
 def is_turns(value: Any) -> bool:
     """Whether `value` is one turn or a list of turns in some notation."""
-    turns = [value] if isinstance(value, Mapping) else value
-    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, Mapping) for turn in turns)
+    turns = [value] if isinstance(value, dict) else value
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) for turn in turns)
 
 
 def role_of(turn: Row) -> Any:
@@ -57,7 +57,7 @@ def role_of(turn: Row) -> Any:
 
 def read_turns(value: Any) -> Messages:
     """One turn or a list of turns, {"role", "content"}, {"from", "value"} or {"role", "text"}, as messages."""
-    return [_read_turn(turn) for turn in ([value] if isinstance(value, Mapping) else value)]
+    return [_read_turn(turn) for turn in ([value] if isinstance(value, dict) else value)]
 
 
 def _read_turn(turn: Row) -> Any:

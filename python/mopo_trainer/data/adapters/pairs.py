@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -89,7 +88,7 @@ def is_dialogue_pair(row: Row) -> bool:
         return is_turns(row.get("prompt"))
     if not is_turns(chosen):
         return False
-    return isinstance(chosen, Mapping) or chosen[0].get("content") is None or text_prompt(row) is not None
+    return isinstance(chosen, dict) or chosen[0].get("content") is None or text_prompt(row) is not None
 
 
 def is_hh_pair(row: Row) -> bool:

@@ -169,7 +169,7 @@ def is_webgpt(row: Row) -> bool:
 
 def convert_webgpt(row: Row) -> Row:
     """The question alone is the prompt: each answer was written from quotes of its own."""
-    question = row["question"]["full_text"] if isinstance(row["question"], Mapping) else row["question"]
+    question = row["question"]["full_text"] if isinstance(row["question"], dict) else row["question"]
     scores = [number(row["score_0"]), number(row["score_1"])]
     if None in scores:
         raise Unusable(NO_VERDICT)
@@ -177,7 +177,7 @@ def convert_webgpt(row: Row) -> Row:
 
 
 def is_summary_comparison(row: Row) -> bool:
-    return isinstance(row.get("info"), Mapping) and is_turns(row.get("summaries")) and "choice" in row
+    return isinstance(row.get("info"), dict) and is_turns(row.get("summaries")) and "choice" in row
 
 
 def convert_summary_comparison(row: Row) -> Row:
