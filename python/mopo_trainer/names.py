@@ -5,6 +5,31 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Public data sets that the readers know, here too for the help, which does not wait for the readers.
+ADAPTER_NAMES = (
+    "hh-rlhf",
+    "pku-saferlhf",
+    "ultrafeedback-binarized",
+    "sharegpt-pairs",
+    "instruction-pairs",
+    "dialogue-pairs",
+    "pku-saferlhf-single-dimension",
+    "beavertails-v",
+    "align-anything",
+    "helpsteer2-preference",
+    "helpsteer3",
+    "shp",
+    "arena",
+    "arena-responses",
+    "webgpt",
+    "summarize-from-feedback",
+    "ultrafeedback",
+    "distilabel",
+    "nectar",
+    "helpsteer",
+    "beavertails",
+)
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean X?", or nothing where no known name is near; hyphens are as good as underscores."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mopo_trainer.names import did_you_mean
+from mopo_trainer.names import ADAPTER_NAMES, did_you_mean
 from mopo_trainer.thresholds import parse_thresholds
 
 DESCRIPTION = "Align language models with several preferences at once: maximise one, hold thresholds on the others."
@@ -46,7 +46,7 @@ give; `cost` the primary's win rate given up for this threshold, the others kept
 margin.  All are win rates of the ideal policy over the labelled responses: what training aims at.  A cost below 0 is no
 error: what is maximised is the primary's win rate less tau times the distance from the reference.
 
-data: JSONL, JSON, Parquet, a directory of datasets.save_to_disk or a name on the hub, one prompt a row:
+data: JSON Lines, JSON, Parquet or Arrow, compressed or not, a directory or a name on the hub, one prompt a row:
   {"prompt": "..", "chosen": "..", "rejected": "..", "preference": {"helpful": 1, "harmless": 0.5}}
   {"prompt": "..", "responses": ["..", ".."], "ratings": {"helpful": [4, 2], "harmless": [1, 5]}}
   {"prompt": "..", "responses": ["..", ".."], "comparisons": {"helpful": [[0, 1, 0.8]]}}
@@ -272,7 +272,8 @@ def _add_label_options(parser: Parser) -> None:
         default="error",
         help="rows that cannot be read: refuse them (default), or leave them out and count them",
     )
-    parser.add_argument("--adapter", metavar="NAME", help="read FILE as this public data set instead of guessing")
+    known = f"read FILE as this public data set, not by its columns: {', '.join(ADAPTER_NAMES)}; none"
+    parser.add_argument("--adapter", metavar="NAME", help=known)
     parser.add_argument(
         "--preferred",
         default="preferred",

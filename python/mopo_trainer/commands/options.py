@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mopo_trainer.names import ADAPTER_NAMES
 from mopo_trainer.training.options import MOPOOptions
 
 EXAMPLES = """\
@@ -69,7 +70,10 @@ class ScriptArguments:
         default="preferred", metadata={"help": "Name of the objective that `chosen` wins in rows without `preference`."}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "Read `dataset` as this public data set instead of recognising its columns."}
+        default=None,
+        metadata={
+            "help": f"Read `dataset` as this public data set, not by its columns: {', '.join(ADAPTER_NAMES)}; none."
+        },
     )
     dtype: str = field(
         default="float32",

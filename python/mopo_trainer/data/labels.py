@@ -78,6 +78,7 @@ def win_rates(groups: list[Group], scorers: Mapping[str, Scorer], rating_scale: 
     sizes = np.array([len(group.responses) for group in groups])
     starts = np.cumsum(sizes) - sizes
     pairs = _all_pairs(sizes, starts)
+    text = _text_numbers(groups)
     rates = {}
     for name in names:
         triples = [
@@ -88,12 +89,31 @@ def win_rates(groups: list[Group], scorers: Mapping[str, Scorer], rating_scale: 
         compared = np.array(triples, dtype=np.float64).reshape(-1, 3)
         rated = _compare_ratings(_per_response(groups, name, "ratings"), pairs, rating_scale)
         given = _per_response(groups, name, "win_rate")
-        counted = _count_wins(np.concatenate([compared, rated]), len(given))
+        comparisons = np.concatenate([compared, rated])
+        first, second = comparisons[:, :2].astype(int).T
+        comparisons[text[first] == text[second], 2] = 0.5
+        counted = _count_wins(comparisons, len(given))
         rates[name] = np.where(np.isnan(counted), given, counted)
     for name, function in scorers.items():
         scores = _score(groups, name, function)
         rates[name] = _count_wins(_compare_ratings(scores, pairs, None), len(scores))
     return rates
+
+
+def _text_numbers(groups: list[Group]) -> IntArray:
+    """Numbers [M] of the responses that are equal where their text is: of a group of several, copies are ties."""
+    numbers: list[int] = []
+    copies = 0
+    for group in groups:
+        start, known = len(numbers), {}
+        numbers.extend(range(start, start + len(group.responses)))
+        if len(group.responses) > 2:
+            for index, response in enumerate(group.responses, start):
+                numbers[index] = known.setdefault(str(response), index)
+            copies += len(known) < len(group.responses)
+    if copies:
+        logger.warning("%d groups hold the same text more than once: copies are ties among themselves", copies)
+    return np.array(numbers)
 
 
 def _values(group: Group, name: str, kind: str) -> list[Any]:

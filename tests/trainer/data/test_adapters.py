@@ -608,3 +608,14 @@ def test_arena_winners_written_as_text():
 def test_names_of_objectives_that_are_left_out_with_their_rows_are_forgotten():
     rows = Dataset.from_list([{**PAIR, "preference": {" x": 1.0, "y": 1.0}}, {**PAIR, "preference": {"y": 0.0}}])
     assert objectives(to_groups(rows, on_bad_row="skip")) == ["y"]
+
+
+def test_copies_of_a_reply_within_a_group_are_ties_among_themselves(caplog):
+    rows = [
+        {"prompt": "Q?", "response": text, "is_safe": safe} for text, safe in [("a", True), ("a", False), ("b", False)]
+    ]
+    assert to_groups(rows)["win_rate"] == [{"harmless": [0.75, 0.5, 0.25]}]
+    assert "1 groups hold the same text more than once" in caplog.text
+    compared = {"prompt": [user("Q?")], "responses": [[assistant(text)] for text in "aab"]}
+    triples = [[0, 1, 1.0], [1, 2, 1.0]]
+    assert to_groups([{**compared, "comparisons": {"x": triples}}])["win_rate"] == [{"x": [0.5, 0.75, 0.0]}]

@@ -5,6 +5,7 @@ from datasets import Dataset
 
 from mopo_trainer.data import to_groups
 from mopo_trainer.data.adapters import ADAPTERS
+from mopo_trainer.names import ADAPTER_NAMES
 
 
 def system(content):
@@ -799,6 +800,10 @@ def test_every_set_is_recognised_by_one_adapter_only(name):
     adapter, rows, _ = SETS[name]
     for row in [*rows, *Dataset.from_list(rows)]:
         assert [known.name for known in ADAPTERS if known.recognises(row)] == ([adapter] if adapter else [])
+
+
+def test_the_help_lists_every_adapter():
+    assert tuple(adapter.name for adapter in ADAPTERS) == ADAPTER_NAMES
 
 
 def test_every_adapter_has_a_set():
