@@ -105,7 +105,8 @@ def _text_numbers(groups: list[Group]) -> IntArray:
     numbers: list[int] = []
     copies = 0
     for group in groups:
-        start, known = len(numbers), {}
+        start = len(numbers)
+        known: dict[str, int] = {}
         numbers.extend(range(start, start + len(group.responses)))
         if len(group.responses) > 2:
             for index, response in enumerate(group.responses, start):
