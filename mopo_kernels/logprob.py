@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mopo_kernels import backends
 from mopo_kernels.backends import reference
+from mopo_kernels.backends.transforms import refuse_transforms
 from mopo_kernels.checks import (
     check_choice,
     check_head,
@@ -28,7 +29,6 @@ from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.policy import run_total_logprob
 from mopo_kernels.head.tokens import run_logits_logprob
 from mopo_kernels.objective import ops
-from mopo_kernels.transforms import refuse_transforms
 
 
 def linear_logprob(

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from mopo_kernels import backends
 from mopo_kernels.backends.batch import Labels
+from mopo_kernels.backends.transforms import refuse_transforms
 from mopo_kernels.checks import (
     check_choice,
     check_devices,
@@ -38,7 +39,6 @@ from mopo_kernels.head.policy import linear_policy_loss
 from mopo_kernels.logprob import enter, sequence_totals
 from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
 from mopo_kernels.objective.target import LabelStatistics, measure
-from mopo_kernels.transforms import refuse_transforms
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs
 """Backward cut kernel: the logits of a tile again, and what they add to the gradients.
 
-    g = (slope · (onehot(target) − p) + lse_slope · p) · bend,   p = exp(z − lse);   slopes = coefficients · inner · outer
+    g = (slope · (onehot(target) − p) + lse_slope · p) · bend,   p = exp(z − lse)
+    slopes = coefficients · inner · outer
     grad_hidden += g · weight,   grad_weight += gᵀ · hidden,   grad_bias += Σ g over rows
 
 A tile whose rows all have coefficients 0 is skipped. The sums are float32, in global memory:

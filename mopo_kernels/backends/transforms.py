@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-functorch = torch._C._functorch
+_functorch = torch._C._functorch
 
 
 def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
     """Raise where a transform is active that `op` cannot run under on `backend`."""
     if torch.compiler.is_compiling():
         return
-    interpreters = functorch.get_interpreter_stack() or []
+    interpreters = _functorch.get_interpreter_stack() or []
     if interpreters and any(_is_batched(x) for x in tensors if x is not None):
         raise RuntimeError(
             f"{op} looks at the values of its arguments, which torch.func.vmap hides; call it once with all rows"
         )
-    is_differentiating = forward_ad._current_level >= 0 or any(
-        interpreter.key() in (functorch.TransformType.Grad, functorch.TransformType.Jvp) for interpreter in interpreters
-    )
+    kinds = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
+    is_differentiating = forward_ad._current_level >= 0 or any(x.key() in kinds for x in interpreters)
     if is_differentiating and backend != "reference":
         raise RuntimeError(
             f"{op} of backend={backend!r} has gradients for Tensor.backward and torch.autograd.grad alone; "
@@ -29,8 +28,8 @@ def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
 
 
 def _is_batched(x: Tensor) -> bool:
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
             return True
-        x = functorch.get_unwrapped(x)
+        x = _functorch.get_unwrapped(x)
     return False
