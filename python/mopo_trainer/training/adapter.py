@@ -67,8 +67,9 @@ def check_trainable(model: Any, *, share_prompt: bool, gradient_checkpointing: b
     """Refuse what would run to the end and train nothing, or something that no checkpoint keeps.
 
     Raises:
-        ValueError: no trainable parameter, none that the loss reaches, one that belongs to no adapter; an adapter that
-            is merged, off, or needs more than token ids; virtual tokens with options that misplace or drop them.
+        ValueError: no trainable parameter, none that the loss reaches, one that belongs to no adapter, one in float16;
+            an adapter that is merged, off, or needs more than token ids; virtual tokens with options that misplace or
+            drop them.
     """
     adapted = carries_adapter(model)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -76,6 +77,7 @@ def check_trainable(model: Any, *, share_prompt: bool, gradient_checkpointing: b
         raise ValueError(
             "nothing is trainable: every parameter of the model is frozen; call model.requires_grad_(True)"
         )
+    _check_precision(model)
     if not adapted:
         return
     layers: list[Any] = [module for module in model.modules() if isinstance(module, PEFT_LAYER)]
@@ -91,6 +93,16 @@ def check_trainable(model: Any, *, share_prompt: bool, gradient_checkpointing: b
     _check_virtual_tokens(model, share_prompt=share_prompt, gradient_checkpointing=gradient_checkpointing)
     _check_kept(model, trainable)
     _check_reached(model, trainable)
+
+
+def _check_precision(model: nn.Module) -> None:
+    """Refuse weights that the optimizer would turn to NaN within a few steps."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"{name} is trainable in float16, where gradients and the optimizer's eps underflow; load the model "
+                "with dtype=torch.float32 (fp16=True then computes in float16) or torch.bfloat16, or train an adapter"
+            )
 
 
 def _check_virtual_tokens(model: PreTrainedModel, *, share_prompt: bool, gradient_checkpointing: bool) -> None:

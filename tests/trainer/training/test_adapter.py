@@ -17,6 +17,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import make_pairs, make_tiny_model, plain_logps
 
+from mopo_trainer.training.adapter import check_trainable
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.head import linear_head
 from mopo_trainer.training.trainer import MOPOTrainer
@@ -199,6 +200,11 @@ def test_adapters_that_would_train_nothing_or_keep_nothing_are_refused(tmp_path,
     adapted = change(get_peft_model(make_tiny_model(tokenizer), LoraConfig(**LORA)))
     with pytest.raises(ValueError, match=message):
         make(tmp_path, adapted, tokenizer)
+
+
+def test_weights_that_would_train_in_float16_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"float16, where gradients .* dtype=torch\.float32"):
+        check_trainable(make_tiny_model(tokenizer).half(), share_prompt=False, gradient_checkpointing=False)
 
 
 def test_a_frozen_model_is_refused(tmp_path, tokenizer):
