@@ -6,7 +6,14 @@ import logging
 import pytest
 import torch
 from tiny import make_tiny_model, plain_logps
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from mopo_trainer.data.packing import SequenceBatch
 from mopo_trainer.training.head import Scoring, Transform, head_input
@@ -126,6 +133,14 @@ def test_a_model_whose_hidden_states_change_with_padding_is_refused(tiny_model, 
     tiny_model.model.register_forward_hook(disturb, with_kwargs=True)
     with pytest.raises(ValueError, match="other log-probabilities in a padded batch than alone"):
         probe_scoring(tiny_model, SEQUENCES[0][0], Scoring(0))
+
+
+def test_rounding_in_many_layers_is_no_fault_of_padding():
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5, tie_word_embeddings=True)).bfloat16()
+    assert probe_scoring(model, [5 + i * 37 % 200 for i in range(16)], Scoring(0)).transform == Transform()
 
 
 def test_a_model_that_reads_later_tokens_is_refused(altered):
