@@ -16,7 +16,7 @@ from torch import Tensor
 from mopo_kernels.backends.batch import Labels
 from mopo_kernels.backends.fold import Statistics, Tile, Transform
 from mopo_kernels.backends.triton.batch import MAX_RESPONSES, label_statistics, sequence_sums
-from mopo_kernels.backends.triton.cut_backward import Slopes, launch
+from mopo_kernels.backends.triton.cut_backward import launch
 from mopo_kernels.backends.triton.cut_forward import cut_statistics
 from mopo_kernels.backends.triton.cut_tile import KERNELS, TABLE, Blocks, CutInputs, candidates
 from mopo_kernels.backends.triton.fold import fold_gradient, fold_statistics
@@ -81,15 +81,15 @@ def of_fold() -> list[Configuration]:
     """Those of all dtypes and options, of vocabularies that are whole vectors and not, of few rows and many."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     with recorded() as found:
-        for dtype, softcap, with_bias, extra in itertools.product(dtypes, *[(False, True)] * 3):
+        for dtype, softcap, with_bias in itertools.product(dtypes, (False, True), (False, True)):
             for rows, columns in ((8192, 151936), (4, 50257)):
                 logits, target = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, dtype=torch.int64)
                 bias = torch.empty(columns, dtype=torch.promote_types(dtype, torch.float32)) if with_bias else None
                 tile = Tile(logits, target, Transform(1.0, 1.0, softcap), bias=bias)
                 per_row = torch.empty(rows, dtype=torch.float64)
-                fold_statistics(tile, Statistics(per_row, per_row, per_row, per_row if extra else None))
+                fold_statistics(tile, Statistics(per_row, per_row, per_row))
                 for out in (logits, torch.empty(rows, columns + 1, dtype=dtype)[:, :-1]):
-                    fold_gradient(tile, per_row, per_row, out, per_row if extra else None)
+                    fold_gradient(tile, per_row, per_row, out)
     return found
 
 
@@ -111,16 +111,15 @@ def of_cut(kernel: str, dtype: torch.dtype, blocks: Blocks) -> list[Configuratio
     with recorded() as found:
         hidden, weight = torch.empty(rows, hidden_size, dtype=dtype), torch.empty(vocab, hidden_size, dtype=dtype)
         target, lse = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
-        for with_options, extra in itertools.product((True, False), repeat=2):
+        for with_options in (True, False):
             bias = torch.empty(vocab) if with_options else None
             inputs = CutInputs(hidden, weight, target, Transform(1.0, 1.0, with_options), bias)
             if kernel == "statistics":
-                cut_statistics(inputs, entropy=extra, blocks=blocks)
+                cut_statistics(inputs, blocks=blocks)
                 continue
             for needs in NEEDS[kernel]:
                 if needs[2] <= with_options:
-                    slopes = Slopes(torch.empty(1), torch.empty(rows), torch.empty(rows) if extra else None)
-                    launch(kernel, inputs, lse, slopes, needs, blocks)
+                    launch(kernel, inputs, lse, torch.empty(rows), torch.empty(1), needs, blocks)
     return found
 
 

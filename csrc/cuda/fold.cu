@@ -1,15 +1,12 @@
 // The fold kernels: each reads a row of logits once, in 16-byte vectors, and one row may be shared by several blocks.
 //
 //     statistics   a thread keeps the maximum of its z and the sum of exp(z - maximum), a block combines its threads',
-//                  and where a row has several blocks a second kernel combines theirs; so does WEIGHTED, for entropies,
-//                  with the sum of exp(z - maximum) * (z - maximum)
-//     gradient     (coefficient * (onehot - p) + lse_coefficient * p) * dz/dlogit with p = exp(z - lse), elementwise
+//                  and where a row has several blocks a second kernel combines theirs
+//     gradient     coefficient * (onehot - exp(z - lse)) * dz/dlogit, elementwise
 #include "fold.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#include <type_traits>
 
 #include "launch.cuh"
 #include "team.cuh"
@@ -160,49 +157,16 @@ __device__ A finite_or_zero(A maximum) {  // any finite shift makes exp(-inf - s
     return maximum == -static_cast<A>(INFINITY) ? 0 : maximum;
 }
 
-template <class A>
-__device__ A finite(A below) {  // exp(-1000) is 0, and so is its product with -1000
-    return larger(below, -1000);
-}
-
-// The sum of exp(z - maximum) * (z - maximum), or nothing.
-template <bool WEIGHTED>
-struct Weighted {
-    double weighted = 0;
-};
-template <>
-struct Weighted<false> {};
-
 // The maximum of some z and the sum of exp(z - maximum).
-template <class A, bool WEIGHTED>
-struct Running : Weighted<WEIGHTED> {
-    double total = 0;
+template <class A>
+struct Running {
     A maximum = -INFINITY;
+    double total = 0;
 
-    // Total and weighted sum, relative to what they are added to, whose maximum is at least this one.
-    __device__ Running relative_to(A largest) const {
-        const A below = maximum - finite_or_zero(largest);
-        const A shrunk = exponential(below);
-        Running same;
-        same.maximum = largest;
-        same.total = total * shrunk;
-        if constexpr (WEIGHTED) same.weighted = (this->weighted + total * finite(below)) * shrunk;
-        return same;
-    }
-
-    __device__ void add(const Running& other) {
-        const A largest = larger(maximum, other.maximum);
-        const Running more = other.relative_to(largest);
-        *this = relative_to(largest);
-        total += more.total;
-        if constexpr (WEIGHTED) this->weighted += more.weighted;
-    }
-
-    static __device__ Running of(A z) {
-        Running one;
-        one.maximum = z;
-        one.total = 1;
-        return one;
+    __device__ void add(A other_maximum, double other_total) {
+        const A largest = larger(maximum, other_maximum), shift = finite_or_zero(largest);
+        total = total * exponential(maximum - shift) + other_total * exponential(other_maximum - shift);
+        maximum = largest;
     }
 
     template <int M, int N>
@@ -211,49 +175,36 @@ struct Running : Weighted<WEIGHTED> {
         for (const auto& vector : z)
             for (A x : vector) largest = larger(largest, x);
         const A shift = finite_or_zero(largest);
-        A more = 0, more_weighted = 0;
-#pragma unroll
+        A more = 0;
         for (const auto& vector : z) {
-            A part = 0, part_weighted = 0;
-#pragma unroll
-            for (A x : vector) {
-                const A part_of_x = exponential(x - shift);
-                part += part_of_x;
-                if constexpr (WEIGHTED) part_weighted += part_of_x * finite(x - shift);
-            }
+            A part = 0;
+            for (A x : vector) part += exponential(x - shift);
             more += part;
-            more_weighted += part_weighted;
         }
-        *this = relative_to(largest);
-        total += more;
-        if constexpr (WEIGHTED) this->weighted += more_weighted;
+        total = total * exponential(maximum - shift) + more;
+        maximum = largest;
     }
 
     // Those of all threads of a team.
     template <class Threads>
     __device__ Running combined() const {
-        Running all = relative_to(static_cast<A>(Threads::max(maximum)));
-        all.total = Threads::sum(all.total);
-        if constexpr (WEIGHTED) all.weighted = Threads::sum(all.weighted);
+        Running all;
+        all.maximum = static_cast<A>(Threads::max(maximum));
+        all.total = Threads::sum(total * exponential(maximum - finite_or_zero(all.maximum)));
         return all;
     }
 
     __device__ void fold_into(const Statistics& statistics, int64_t row) const {
-        Running all;
-        all.maximum = static_cast<A>(statistics.maximum[row]);
-        all.total = statistics.total[row];
-        if constexpr (WEIGHTED) all.weighted = statistics.weighted[row];
-        all.add(*this);
+        Running all{static_cast<A>(statistics.maximum[row]), statistics.total[row]};
+        all.add(maximum, total);
         statistics.maximum[row] = all.maximum;
         statistics.total[row] = all.total;
-        if constexpr (WEIGHTED) statistics.weighted[row] = all.weighted;
     }
 };
 
-template <class T, bool WEIGHTED>
+template <class T>
 __global__ void __launch_bounds__(THREADS)
-    statistics_kernel(Tile tile, Transform options, Statistics statistics, Running<Wide<T>, WEIGHTED>* of_parts,
-                      Parts parts) {
+    statistics_kernel(Tile tile, Transform options, Statistics statistics, Running<Wide<T>>* of_parts, Parts parts) {
     using A = Wide<T>;
     constexpr int WIDTH = Vector<T>::WIDTH;
     const int64_t row = parts.row();
@@ -261,7 +212,7 @@ __global__ void __launch_bounds__(THREADS)
     const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
     const LogitTransform<A> transform(tile.bias, options);
     const Row<T> layout(logits, tile.columns);
-    Running<A, WEIGHTED> running;
+    Running<A> running;
 
     const int64_t last = parts.last(layout.vectors);
     for (int64_t first = parts.first(); first < last; first += STEP) {
@@ -286,10 +237,10 @@ __global__ void __launch_bounds__(THREADS)
     }
     if (parts.has_edges() && threadIdx.x < layout.edges()) {
         const int64_t column = layout.edge(threadIdx.x);
-        running.add(Running<A, WEIGHTED>::of(transform.z(widened(logits[column]), column)));
+        running.add(transform.z(widened(logits[column]), column), 1);
     }
 
-    const Running<A, WEIGHTED> all = running.template combined<Block>();
+    const Running<A> all = running.template combined<Block>();
     if (threadIdx.x > 0) return;
     const int64_t target = tile.target[row] - tile.first_column;
     if (parts.index() == 0 && target >= 0 && target < tile.columns)
@@ -300,32 +251,33 @@ __global__ void __launch_bounds__(THREADS)
         of_parts[blockIdx.x] = all;
 }
 
-template <class A, bool WEIGHTED>
+template <class A>
 __global__ void __launch_bounds__(WARP)
-    combine_kernel(const int64_t* target, const Running<A, WEIGHTED>* of_parts, int parts, Statistics statistics) {
+    combine_kernel(const int64_t* target, const Running<A>* of_parts, int parts, Statistics statistics) {
     const int64_t row = blockIdx.x;
     if (target[row] < 0) return;
-    Running<A, WEIGHTED> running;
-    for (int part = static_cast<int>(threadIdx.x); part < parts; part += WARP) running.add(of_parts[row * parts + part]);
-    const Running<A, WEIGHTED> all = running.template combined<Team<WARP>>();
+    Running<A> running;
+    for (int part = static_cast<int>(threadIdx.x); part < parts; part += WARP) {
+        const Running<A>& other = of_parts[row * parts + part];
+        running.add(other.maximum, other.total);
+    }
+    const Running<A> all = running.template combined<Team<WARP>>();
     if (threadIdx.x == 0) all.fold_into(statistics, row);
 }
 
 // --------------------------------------------------------------------------------------------------------- gradient
 
-// (coefficient * (onehot - p) + lse_coefficient * p) * dz/dlogit of one logit.
+// coefficient * (onehot - exp(z - lse)) * dz/dlogit of one logit.
 template <class A>
 struct Gradient {
     LogitTransform<A> transform;
     Shift<A> lse;
-    A factor, lse_factor;
+    A factor;
 
-    __device__ Gradient(const void* bias, const Transform& options, double lse, double coefficient,
-                        double lse_coefficient)
+    __device__ Gradient(const void* bias, const Transform& options, double lse, double coefficient)
         : transform(bias, options),
           lse(lse),
-          factor(static_cast<A>(coefficient * options.inner * (options.softcap ? options.outer : 1))),
-          lse_factor(static_cast<A>(lse_coefficient * options.inner * (options.softcap ? options.outer : 1))) {}
+          factor(static_cast<A>(coefficient * options.inner * (options.softcap ? options.outer : 1))) {}
 
     // logits of neighbouring columns ← their gradients; `target` counts from the first of them.
     template <int N>
@@ -333,14 +285,13 @@ struct Gradient {
         const int is_target = 0 <= target && target < N ? static_cast<int>(target) : -1;
         transform.scale(x, first_column);
         for (int i = 0; i < N; ++i) {
-            A z = x[i], bend = 1;
+            A z = x[i], slope = factor;
             if (transform.softcap) {
                 const A tanh = hyperbolic_tangent(z);
                 z = transform.capped(z, tanh);
-                bend -= tanh * tanh;
+                slope *= 1 - tanh * tanh;
             }
-            const A p = exponential(lse.of(z));
-            x[i] = bend * (factor * (static_cast<A>(i == is_target) - p) + lse_factor * p);
+            x[i] = slope * (static_cast<A>(i == is_target) - exponential(lse.of(z)));
         }
     }
 };
@@ -363,10 +314,8 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t row = parts.row();
     const T* logits = static_cast<const T*>(tile.data) + row * tile.row_stride;
     T* out = static_cast<T*>(rows.out) + row * rows.row_stride;
-    const double coefficient = rows.coefficient[row];
-    const double lse_coefficient = rows.lse_coefficient ? rows.lse_coefficient[row] : 0;
-    if (coefficient == 0 && lse_coefficient == 0) return fill_with_zero(out, tile.columns, parts);
-    const Gradient<A> gradient(tile.bias, options, rows.lse[row], coefficient, lse_coefficient);
+    if (rows.coefficient[row] == 0) return fill_with_zero(out, tile.columns, parts);
+    const Gradient<A> gradient(tile.bias, options, rows.lse[row], rows.coefficient[row]);
     const int64_t target = tile.target[row] - tile.first_column;
     const Row<T> layout(logits, tile.columns);
 
@@ -425,28 +374,23 @@ void by_type(DType dtype, F f) {
 }  // namespace
 
 int64_t statistics_scratch(const Tile& tile) {
-    static_assert(sizeof(Running<double, true>) == 3 * sizeof(double));  // the largest of them
+    static_assert(sizeof(Running<double>) == 2 * sizeof(double) && sizeof(Running<float>) <= sizeof(Running<double>));
     if (tile.rows == 0 || tile.columns == 0) return 0;
     const int per_row = parts_of(tile).per_row;
-    return per_row == 1 ? 0 : 3 * tile.rows * per_row;
+    return per_row == 1 ? 0 : 2 * tile.rows * per_row;
 }
 
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, double* scratch,
                      cudaStream_t stream) {
     if (tile.rows == 0 || tile.columns == 0) return;
     const Parts parts = parts_of(tile);
-    const auto run = [&](auto element, auto weighted) {
-        using T = decltype(element);
-        constexpr bool WEIGHTED = decltype(weighted)::value;
-        auto* of_parts = reinterpret_cast<Running<Wide<T>, WEIGHTED>*>(scratch);
-        launch(statistics_kernel<T, WEIGHTED>, tile.rows * parts.per_row, THREADS, stream, tile, transform, statistics,
-               of_parts, parts);
-        if (parts.per_row > 1)
-            launch(combine_kernel<Wide<T>, WEIGHTED>, tile.rows, WARP, stream, tile.target, of_parts, parts.per_row,
-                   statistics);
-    };
     by_type(tile.dtype, [&](auto element) {
-        statistics.weighted ? run(element, std::true_type()) : run(element, std::false_type());
+        using T = decltype(element);
+        auto* of_parts = reinterpret_cast<Running<Wide<T>>*>(scratch);
+        launch(statistics_kernel<T>, tile.rows * parts.per_row, THREADS, stream, tile, transform, statistics, of_parts,
+               parts);
+        if (parts.per_row > 1)
+            launch(combine_kernel<Wide<T>>, tile.rows, WARP, stream, tile.target, of_parts, parts.per_row, statistics);
     });
 }
 

@@ -170,7 +170,7 @@ def check_rows_that_do_not_count(fold, device, columns, dtype):
     target = torch.tensor([-1, -100, -1], device=device)
     statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
     fresh = Statistics.start(3, torch.device(device))
-    assert all(torch.equal(x, y) for x, y in zip(statistics[:3], fresh[:3], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(statistics, fresh, strict=True))
     nothing = torch.zeros(3, dtype=torch.float64, device=device)
     fold.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, nothing, logits)
     assert (logits == 0).all()

@@ -1,11 +1,10 @@
 # mypy: allow-untyped-defs
 """Backward cut kernel: the logits of a tile again, and what they add to the gradients.
 
-    g = (slope · (onehot(target) − p) + lse_slope · p) · bend,   p = exp(z − lse)
-    slopes = coefficients · inner · outer
+    g = slope · bend · (onehot(target) − exp(z − lse));   slope = coefficient · inner · outer
     grad_hidden += g · weight,   grad_weight += gᵀ · hidden,   grad_bias += Σ g over rows
 
-A tile whose rows all have coefficients 0 is skipped. The sums are float32, in global memory:
+A tile whose rows all have coefficient 0 is skipped. The sums are float32, in global memory:
 
     atomic       a program per tile adds to all gradients, in any order: 6·N·H·V
     owner        a program owns a block of rows of grad_hidden and takes it through the vocabulary, another launch does
@@ -16,8 +15,6 @@ units of the largest slope / LARGEST, whatever the scale of the loss is.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -76,7 +73,6 @@ def cut_gradients_kernel(
     target,  # [N]
     lse,  # [N]
     slope,  # [N], in units
-    lse_slope,  # [N], in units, or None
     unit,  # [1]
     bias,  # [V] or None
     grad_hidden,  # [parts, N, H] or None
@@ -126,13 +122,9 @@ def cut_gradients_kernel(
         row_lse = tl.load(lse + row, mask=row < rows, other=0)
         row_slope = tl.load(slope + row, mask=row < rows, other=0)
         counts, inside = row_slope != 0, column < vocab
-        row_lse_slope = None
-        if lse_slope is not None:
-            slopes = tl.load(lse_slope + row, mask=row < rows, other=0)
-            row_lse_slope, counts = slopes[:, None], counts | (slopes != 0)
         z, bend = transformed(logits, bias, column, inside, inner, outer, SOFTCAP, True)
         is_target = column[None, :] == row_target[:, None]
-        grad = logit_gradient(z, is_target, row_lse[:, None], row_slope[:, None], row_lse_slope, bend, tl.float32)
+        grad = logit_gradient(z, is_target, row_lse[:, None], row_slope[:, None] * bend, tl.float32)
         grad = tl.where(counts[:, None], grad, 0)
         if tl.max(counts.to(tl.int32), 0) > 0:
             if grad_bias is not None:
@@ -151,41 +143,23 @@ def cut_gradients_kernel(
             tl.debug_barrier()  # the next step's sums are read by other threads than those that wrote them
 
 
-class Slopes(NamedTuple):
-    """Of all rows, float32, in units of the largest / LARGEST."""
-
-    unit: Tensor  # [1]
-    of_logp: Tensor  # [N]
-    of_lse: Tensor | None = None  # [N]
-
-    @classmethod
-    def of(cls, *slopes: Tensor | None) -> Slopes:
-        given = [x for x in slopes if x is not None]
-        largest = torch.stack(given).abs().amax().reshape(1) if len(given[0]) > 0 else given[0].new_ones(1)
-        unit = largest.clamp(min=LARGEST * torch.finfo(torch.float32).tiny) / LARGEST
-        return cls(unit.float(), *((x / unit).float() for x in given))
-
-
 def cut_gradients(
     inputs: CutInputs,
     lse: Tensor,  # [N] float64
     coefficient: Tensor,  # [N] float64
     needs: Needs,
     *,
-    lse_coefficient: Tensor | None = None,  # [N] float64
     blocks: Blocks | None = None,
 ) -> Gradients:
-    """∂(Σ coefficient · logp + Σ lse_coefficient · lse) by hidden, weight and bias, in float32; by owners if torch is
-    to be deterministic.
+    """∂(Σ coefficient · logp) by hidden, weight and bias, in float32; by owners if torch is to be deterministic.
 
     Blocks replace the table's. Floor: 6·N·H·V flops for both products, 4·N·H·V for one; with owners 8 for both;
     (N + V)·H elements read, as many float32 written.
     """
-    constant = inputs.transform.inner * inputs.transform.outer
-    slopes = Slopes.of(coefficient * constant, None if lse_coefficient is None else lse_coefficient * constant)
+    slope, unit = _in_units(coefficient * (inputs.transform.inner * inputs.transform.outer))
 
     def run(kernel: str, needs: Needs) -> Gradients:
-        return launch(kernel, inputs, lse, slopes, needs, blocks or blocks_for(kernel, inputs.hidden))
+        return launch(kernel, inputs, lse, slope, unit, needs, blocks or blocks_for(kernel, inputs.hidden))
 
     if not torch.are_deterministic_algorithms_enabled():
         return run("gradients", needs)
@@ -199,7 +173,8 @@ def launch(
     kernel: str,  # of OWNER
     inputs: CutInputs,
     lse: Tensor,
-    slopes: Slopes,
+    slope: Tensor,  # [N] float32, in units
+    unit: Tensor,  # [1] float32
     needs: Needs,
     blocks: Blocks,
 ) -> Gradients:
@@ -224,9 +199,8 @@ def launch(
             cut_gradients_kernel[(programs,)](
                 **inputs.arguments(blocks),
                 lse=lse,
-                slope=slopes.of_logp,
-                lse_slope=slopes.of_lse,
-                unit=slopes.unit,
+                slope=slope,
+                unit=unit,
                 grad_hidden=grad_hidden,
                 grad_weight=grad_weight,
                 grad_bias=grad_bias,
@@ -237,3 +211,10 @@ def launch(
     if grad_hidden is not None:
         grad_hidden = grad_hidden[0] if copies == 1 else grad_hidden.sum(0)
     return grad_hidden, grad_weight, grad_bias
+
+
+def _in_units(slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes in units of the largest / LARGEST, and that unit, float32."""
+    largest = slope.abs().amax(0, keepdim=True) if len(slope) > 0 else slope.new_ones(1)
+    unit = largest.clamp(min=LARGEST * torch.finfo(torch.float32).tiny) / LARGEST
+    return (slope / unit).float(), unit.float()

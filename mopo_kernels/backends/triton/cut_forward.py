@@ -2,7 +2,6 @@
 """Forward cut kernel: statistics of hidden · weightᵀ, a tile of which lives on the chip only.
 
     z = transform(hidden · weightᵀ, bias);   maximum = max z,   total = Σ exp(z − maximum),   chosen = z at the target
-    weighted = Σ exp(z − maximum) · (z − maximum), for entropies only
 
 A program takes a block of rows through one part of the vocabulary; the parts are combined afterwards, in their order.
 """
@@ -19,7 +18,7 @@ from torch import Tensor
 from mopo_kernels.backends.fold import Statistics
 from mopo_kernels.backends.triton.cut_logits import form_logits, row_pointers
 from mopo_kernels.backends.triton.cut_tile import ENOUGH_PROGRAMS, Blocks, CutInputs, blocks_for, parts_of
-from mopo_kernels.backends.triton.transform import below_in_sum, rescaled, transformed
+from mopo_kernels.backends.triton.transform import rescaled, transformed
 
 
 @triton.jit
@@ -30,7 +29,6 @@ def cut_statistics_kernel(
     part_maximum,  # [parts, N]
     part_total,  # [parts, N]
     part_chosen,  # [parts, N]
-    part_weighted,  # [parts, N] or None
     bias,  # [V] or None
     hidden_row_stride: tl.int64,
     weight_row_stride: tl.int64,
@@ -57,8 +55,6 @@ def cut_statistics_kernel(
     maximum = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float64)  # of thousands of blocks, whose roundings may all go one way
     chosen = maximum
-    if part_weighted is not None:
-        weighted = total
     for block_v in range(part * part_blocks, tl.minimum((part + 1) * part_blocks, tl.cdiv(vocab, BLOCK_V))):
         column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
         weight_rows = row_pointers(weight, column, vocab, weight_row_stride)
@@ -66,23 +62,16 @@ def cut_statistics_kernel(
         z, _ = transformed(logits, bias, column, column < vocab, inner, outer, SOFTCAP, True)
         is_target = column[None, :] == row_target[:, None]
         chosen = tl.maximum(chosen, tl.max(tl.where(is_target, z, float("-inf")), 1))
-        before, before_total = maximum, total
-        maximum, total, shift = rescaled(before, total, tl.max(z, 1))
-        exponential = tl.exp(z - shift[:, None])
-        total += tl.sum(exponential, 1)
-        if part_weighted is not None:
-            weighted = (weighted + before_total * below_in_sum(before, shift)) * tl.exp(before - shift)
-            weighted += tl.sum(exponential * below_in_sum(z, shift[:, None]), 1)
+        maximum, total, shift = rescaled(maximum, total, tl.max(z, 1))
+        total += tl.sum(tl.exp(z - shift[:, None]), 1)
 
     place = part.to(tl.int64) * rows + row
     tl.store(part_maximum + place, maximum, mask=row < rows)
     tl.store(part_total + place, total, mask=row < rows)
     tl.store(part_chosen + place, chosen, mask=row < rows)
-    if part_weighted is not None:
-        tl.store(part_weighted + place, weighted, mask=row < rows)
 
 
-def cut_statistics(inputs: CutInputs, *, entropy: bool = False, blocks: Blocks | None = None) -> Statistics:
+def cut_statistics(inputs: CutInputs, *, blocks: Blocks | None = None) -> Statistics:
     """Statistics of all rows; a target outside [0, V) gives −inf. Blocks replace the table's.
 
     Floor: 2·N·H·V flops; (N + V)·H elements read.
@@ -91,7 +80,7 @@ def cut_statistics(inputs: CutInputs, *, entropy: bool = False, blocks: Blocks |
     rows, vocab, _ = inputs.sizes
     row_blocks, column_blocks = blocks.along(rows, vocab)
     parts, part_blocks = parts_of(column_blocks, triton.cdiv(ENOUGH_PROGRAMS, max(row_blocks, 1)))
-    of_parts = inputs.hidden.new_empty(4 if entropy else 3, parts, rows, dtype=torch.float64)
+    of_parts = inputs.hidden.new_empty(3, parts, rows, dtype=torch.float64)
     if rows > 0:
         with torch.cuda.device_of(inputs.hidden):
             cut_statistics_kernel[(row_blocks * parts,)](
@@ -99,19 +88,13 @@ def cut_statistics(inputs: CutInputs, *, entropy: bool = False, blocks: Blocks |
                 part_maximum=of_parts[0],
                 part_total=of_parts[1],
                 part_chosen=of_parts[2],
-                part_weighted=of_parts[3] if entropy else None,
                 parts=parts,
                 part_blocks=part_blocks,
             )
     return _combined(*of_parts)
 
 
-def _combined(
-    part_maximum: Tensor, part_total: Tensor, part_chosen: Tensor, part_weighted: Tensor | None = None
-) -> Statistics:  # [parts, N] each
+def _combined(part_maximum: Tensor, part_total: Tensor, part_chosen: Tensor) -> Statistics:  # [parts, N] each
     maximum = part_maximum.amax(0)
-    below = part_maximum - maximum.masked_fill(maximum == -math.inf, 0)
-    total, weighted = part_total * below.exp(), None
-    if part_weighted is not None:
-        weighted = ((part_weighted + part_total * below.clamp(min=-1000)) * below.exp()).sum(0)
-    return Statistics(maximum, total.sum(0), part_chosen.amax(0), weighted)
+    shift = maximum.masked_fill(maximum == -math.inf, 0)
+    return Statistics(maximum, (part_total * (part_maximum - shift).exp()).sum(0), part_chosen.amax(0))

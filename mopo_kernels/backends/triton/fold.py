@@ -3,7 +3,7 @@
 
     statistics   maximum ← max(maximum, block), total rescaled to it; where a row has several programs, a second kernel
                  combines their results in the order of the columns
-    gradient     (coefficient · (onehot − p) + lse_coefficient · p) · dz/dlogit, elementwise
+    gradient     coefficient · (onehot − exp(z − lse)) · dz/dlogit, elementwise
 
 Rows may begin anywhere: blocks are counted from the last multiple of ALIGN elements before a row, so that all of them
 but the first and the last are read and written without a mask, in whole vectors.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mopo_kernels.backends.fold import Statistics, Tile
-from mopo_kernels.backends.triton.transform import below_in_sum, logit_gradient, rescaled, transformed
+from mopo_kernels.backends.triton.transform import logit_gradient, rescaled, transformed
 
 ALIGN = 16  # elements: 16 bytes or more of any dtype
 BLOCK_BYTES = 8192  # of a block as arithmetic sees it, float32 or float64: 32 for each of 256 threads; 64 spill
@@ -69,16 +69,10 @@ def store_block(aligned_row, x, first, shift, columns, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def combined(maximum, total, weighted, block_maximum, block_total, block_weighted, WEIGHTED: tl.constexpr):
-    """The largest of all maxima, and the totals and weighted sums that belong to them relative to it."""
-    before = maximum
-    maximum, shrunk_total, shift = rescaled(before, total, tl.max(block_maximum, 0))
-    block_shrunk = tl.exp(block_maximum - shift)
-    if WEIGHTED:
-        weighted = (weighted + total * below_in_sum(before, shift)) * tl.exp(before - shift)
-        block_weighted += block_total * below_in_sum(block_maximum, shift)
-        weighted += tl.sum(block_weighted * block_shrunk, 0)
-    return maximum, shrunk_total + tl.sum(block_total * block_shrunk, 0), weighted
+def combined(maximum, total, block_maximum, block_total):
+    """The largest of all maxima, and the totals that belong to them relative to it."""
+    maximum, total, shift = rescaled(maximum, total, tl.max(block_maximum, 0))
+    return maximum, total + tl.sum(block_total * tl.exp(block_maximum - shift), 0)
 
 
 @triton.jit
@@ -88,10 +82,8 @@ def statistics_kernel(
     maximum,  # [R]
     total,  # [R]
     chosen,  # [R]
-    weighted,  # [R] or None
-    part_maximum,  # [R, parts]; with one part, maximum, total and weighted themselves
+    part_maximum,  # [R, parts]; with one part, maximum and total themselves
     part_total,
-    part_weighted,
     bias,  # [C] or None
     row_stride: tl.int64,
     columns: tl.int64,
@@ -115,16 +107,12 @@ def statistics_kernel(
     # What was folded before goes into the first part.
     row_maximum = tl.load(maximum + row, mask=part == 0, other=float("-inf")).to(WORK)
     row_total = tl.load(total + row, mask=part == 0, other=0)
-    WEIGHTED: tl.constexpr = weighted is not None
-    row_weighted = tl.load(weighted + row, mask=part == 0, other=0) if WEIGHTED else 0
     for place in range(first, last, BLOCK_V):
         block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
         z, _ = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
-        row_maximum, row_total, row_weighted = combined(row_maximum, row_total, row_weighted, z, 1, 0, WEIGHTED)
+        row_maximum, row_total = combined(row_maximum, row_total, z, 1)
     tl.store(part_maximum + row * parts + part, row_maximum.to(tl.float64))
     tl.store(part_total + row * parts + part, row_total)
-    if WEIGHTED:
-        tl.store(part_weighted + row * parts + part, row_weighted)
 
     target_column = row_target - first_column
     if (part == 0) & (target_column >= 0) & (target_column < columns):
@@ -138,10 +126,8 @@ def combine_kernel(
     target,  # [R]
     maximum,  # [R]
     total,  # [R]
-    weighted,  # [R] or None
     part_maximum,  # [R, parts]
     part_total,
-    part_weighted,
     parts: tl.int64,
     WORK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -149,22 +135,15 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(target + row) < 0:
         return
-    WEIGHTED: tl.constexpr = weighted is not None
     row_maximum, row_total = tl.full([], float("-inf"), WORK), tl.full([], 0, tl.float64)
-    row_weighted = row_total
     for first in range(0, parts, BLOCK):
         part = first + tl.arange(0, BLOCK)
         place = row * parts + part
         block_maximum = tl.load(part_maximum + place, mask=part < parts, other=float("-inf")).to(WORK)
         block_total = tl.load(part_total + place, mask=part < parts, other=0)
-        block_weighted = tl.load(part_weighted + place, mask=part < parts, other=0) if WEIGHTED else 0
-        row_maximum, row_total, row_weighted = combined(
-            row_maximum, row_total, row_weighted, block_maximum, block_total, block_weighted, WEIGHTED
-        )
+        row_maximum, row_total = combined(row_maximum, row_total, block_maximum, block_total)
     tl.store(maximum + row, row_maximum.to(tl.float64))
     tl.store(total + row, row_total)
-    if WEIGHTED:
-        tl.store(weighted + row, row_weighted)
 
 
 def fold_statistics(tile: Tile, statistics: Statistics) -> None:
@@ -173,21 +152,16 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
         return
     arguments, rows = _arguments(tile), len(tile.logits)
     parts = arguments["parts"]
-    maximum, total, chosen, weighted = statistics
-    part_maximum, part_total, part_weighted = maximum, total, weighted
-    if parts > 1:
-        part_maximum, part_total = maximum.new_empty(2, rows, parts)
-        part_weighted = None if weighted is None else weighted.new_empty(rows, parts)
+    maximum, total, chosen = statistics
+    part_maximum, part_total = maximum.new_empty(2, rows, parts) if parts > 1 else (maximum, total)
     with torch.cuda.device_of(tile.logits):
         statistics_kernel[(rows * parts,)](
             **arguments,
             maximum=maximum,
             total=total,
             chosen=chosen,
-            weighted=weighted,
             part_maximum=part_maximum,
             part_total=part_total,
-            part_weighted=part_weighted,
             ALIGN=ALIGN,
         )
         if parts > 1:
@@ -195,10 +169,8 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
                 target=tile.target,
                 maximum=maximum,
                 total=total,
-                weighted=weighted,
                 part_maximum=part_maximum,
                 part_total=part_total,
-                part_weighted=part_weighted,
                 parts=parts,
                 WORK=arguments["WORK"],
                 BLOCK=PARTS_BLOCK,
@@ -215,7 +187,6 @@ def gradient_kernel(
     target,  # [R]
     lse,  # [R]
     coefficient,  # [R]
-    lse_coefficient,  # [R] or None
     out,  # [R, C], or the logits
     bias,  # [C] or None
     row_stride: tl.int64,
@@ -235,24 +206,19 @@ def gradient_kernel(
     row_lse, row_coefficient = tl.load(lse + row), tl.load(coefficient + row)
     target_column = tl.load(target + row) - first_column
     inner, outer = tl.full([], inner, WORK), tl.full([], outer, WORK)
-    slope, counts, lse_slope = row_coefficient.to(WORK) * inner * outer, row_coefficient != 0, None
-    if lse_coefficient is not None:
-        row_lse_coefficient = tl.load(lse_coefficient + row)
-        lse_slope, counts = row_lse_coefficient.to(WORK) * inner * outer, counts | (row_lse_coefficient != 0)
+    slope = row_coefficient.to(WORK) * inner * outer
     aligned_row = logits + row * row_stride // ALIGN * ALIGN
     aligned_out = out + (row * out_row_stride - shift) // ALIGN * ALIGN
     for place in range(first, last, BLOCK_V):
         gradient = tl.zeros([BLOCK_V], WORK)
-        if counts:
+        if row_coefficient != 0:
             block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
             z, bend = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
-            gradient = logit_gradient(z, column == target_column, row_lse, slope, lse_slope, bend, WORK)
+            gradient = logit_gradient(z, column == target_column, row_lse, slope * bend, WORK)
         store_block(aligned_out, gradient, place, shift, columns, BLOCK_V)
 
 
-def fold_gradient(
-    tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor, lse_coefficient: Tensor | None = None
-) -> None:
+def fold_gradient(tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor) -> None:
     """One launch. Floor: R·C elements read and written, an exponential each."""
     if tile.logits.numel() == 0:
         return
@@ -262,7 +228,6 @@ def fold_gradient(
             **arguments,
             lse=lse,
             coefficient=coefficient,
-            lse_coefficient=lse_coefficient,
             out=out,
             out_row_stride=out.stride(0),
             ALIGN=ALIGN if alike else 1,

@@ -51,21 +51,12 @@ def rescaled(maximum, total, block_maximum):
 
 
 @triton.jit
-def below_in_sum(z, shift):
-    """z − shift, but finite where exp of it is 0, so that the product of both is 0."""
-    return tl.where(z - shift > -1000, z - shift, 0)
-
-
-@triton.jit
-def logit_gradient(z, is_target, lse, slope, lse_slope, bend, WORK: tl.constexpr):
-    """(slope · (onehot − p) + lse_slope · p) · bend with p = exp(z − lse); a slope is a coefficient · inner · outer.
+def logit_gradient(z, is_target, lse, slope, WORK: tl.constexpr):
+    """slope · (onehot − exp(z − lse)), with slope = coefficient · dz/dlogit.
 
     lse comes in two parts: the difference to the high one is exact where z is near lse. With onehot as a number, the
-    cut kernels spill. lse_slope may be None.
+    cut kernels spill.
     """
     high = lse.to(WORK)
     p = tl.exp(z - high - (lse - high).to(WORK))
-    gradient = slope * bend * tl.where(is_target, 1 - p, -p)
-    if lse_slope is not None:
-        gradient += lse_slope * bend * p
-    return gradient
+    return slope * tl.where(is_target, 1 - p, -p)
