@@ -55,17 +55,31 @@ class TokenizedGroups:
         return [pair for row in self.dataset for pair in zip(row["input_ids"], row["prompt_tokens"], strict=True)]
 
     def longest_group(self) -> list[TokenSequence]:
-        """The longest sequence and another response to its prompt, the longest first."""
-        lengths = pc.list_value_length(pc.list_flatten(self._tokens()))
-        row = self.dataset[int(self.group[pc.index(lengths, pc.max(lengths)).as_py()])]
-        pairs = zip(row["input_ids"], row["prompt_tokens"], strict=True)
-        return sorted(pairs, key=lambda pair: len(pair[0]), reverse=True)[:2]
+        """The responses to the prompt of the longest sequence, the longest last."""
+        return self._responses(int(self.group[self._lengths().argmax()]))
+
+    def widest_group(self) -> list[TokenSequence]:
+        """The prompt whose responses behind it, one after the other, take most tokens; the longest last."""
+        prompts = torch.tensor(pc.list_flatten(self._column("prompt_tokens")).to_numpy())
+        responses = self.group.bincount(self._lengths() - prompts).long()
+        prompt = torch.zeros_like(responses).scatter(0, self.group, prompts)
+        return self._responses(int((prompt + responses).argmax()))
+
+    def shortest(self) -> TokenSequence:
+        return self._responses(int(self.group[self._lengths().argmin()]))[0]
+
+    def _responses(self, row: int) -> list[TokenSequence]:
+        chosen = self.dataset[row]
+        return sorted(zip(chosen["input_ids"], chosen["prompt_tokens"], strict=True), key=lambda pair: len(pair[0]))
+
+    def _lengths(self) -> Tensor:  # [M]
+        return torch.tensor(pc.list_value_length(pc.list_flatten(self._column("input_ids"))).to_numpy())
 
     def largest_token(self) -> int:
-        return pc.max(pc.list_flatten(pc.list_flatten(self._tokens()))).as_py()
+        return pc.max(pc.list_flatten(pc.list_flatten(self._column("input_ids")))).as_py()
 
-    def _tokens(self) -> pa.ChunkedArray:
-        return self.dataset.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self.dataset.select_columns([name]).with_format("arrow")[:][name]
 
 
 def tokenize_groups(groups: Dataset, objectives: Sequence[str], tokenizer: Any, **options: Any) -> TokenizedGroups:

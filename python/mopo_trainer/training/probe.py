@@ -78,20 +78,48 @@ def sharing_obstacle(plain: PreTrainedModel, sequences: Sequence[TokenSequence],
     if reason or scoring.transform is None:
         return reason or "log-probabilities go through the model's own logits"
     with _evaluating(plain):
-        batch = SequenceBatch.of(sequences)
-        one_row = torch.zeros(len(sequences), dtype=torch.long)
-        states = []
-        for row_of in (None, one_row):
-            packed = pack(batch, row_of, scoring.pad_token_id).to(plain.device)
-            try:
-                hidden = scoring.forward(plain, plain, packed).states
-            except Exception as error:  # models of any library: whatever they raise, they cannot do it
-                return f"the model refuses a mask per query ({type(error).__name__}: {one_line(error, 80)})"
-            states.append(hidden.flatten(0, 1)[packed.source][packed.target >= 0].double())
-        apart = ((states[1] - states[0]).norm(dim=-1) / states[0].norm(dim=-1)).max().item()
+        try:
+            alone = _response_states(plain, replace(scoring, share_prompt=False), sequences)
+            shared = _response_states(plain, replace(scoring, share_prompt=True), sequences)
+        except Exception as error:  # models of any library: whatever they raise, they cannot do it
+            return f"the model refuses a mask per query ({type(error).__name__}: {one_line(error, 80)})"
+    apart = _apart(shared, alone).max().item()
     if not apart <= _rounding(plain.dtype, STATES):
         return f"hidden states of responses behind a shared prompt are {apart:.2g} off"
     return ""
+
+
+@torch.no_grad()
+def check_lengths(plain: PreTrainedModel, short: TokenSequence, long: TokenSequence, scoring: Scoring) -> None:
+    """Raise ValueError where the hidden states of `short` are others beside `long` than alone.
+
+    Rotary positions that are rescaled beyond a length (longrope, dynamic) are so for the whole batch. Their states are
+    all off; single ones, whose experts were chosen otherwise by a rounding, are not.
+    """
+    scoring = replace(scoring, share_prompt=False)
+    with _evaluating(plain):
+        alone = _response_states(plain, scoring, [short])
+        beside = _response_states(plain, scoring, [short, long])[: len(alone)]
+    apart = _apart(beside, alone).median().item()
+    if not apart <= _rounding(plain.dtype, STATES):
+        raise ValueError(
+            f"{_name(plain)} gives a sequence of {len(short[0])} tokens other hidden states beside one of "
+            f"{len(long[0])} than alone ({apart:.2g} off), as rotary positions of type longrope or dynamic do; "
+            "give a max_length below which they are not rescaled"
+        )
+
+
+def _response_states(plain: PreTrainedModel, scoring: Scoring, sequences: Sequence[TokenSequence]) -> Tensor:
+    """What enters the head before each token of the responses, [tokens, H], or its logits."""
+    row_of = torch.zeros(len(sequences), dtype=torch.long)
+    packed = scoring.pack(SequenceBatch.of(sequences), row_of).to(plain.device)
+    return scoring.forward(plain, plain, packed).states.flatten(0, 1)[packed.source][packed.target >= 0].double()
+
+
+def _apart(found: Tensor, truth: Tensor) -> Tensor:
+    """Relative distance of vectors; −inf, which may mask logits, equals itself."""
+    difference = torch.where(found == truth, 0.0, found - truth)
+    return difference.norm(dim=-1) / truth.masked_fill(truth.isinf(), 0.0).norm(dim=-1).clamp_min(1e-30)
 
 
 def measure_transform(plain: PreTrainedModel, ids: Sequence[int]) -> Transform:
@@ -207,9 +235,7 @@ def _sequence_logp(logits: Tensor, ids: Sequence[int], prompt: int) -> Tensor:  
 
 def _check_causal(plain: PreTrainedModel, own: list[Tensor]) -> None:
     whole, start = own[0][: len(own[1])].double(), own[1].double()
-    difference = torch.where(whole == start, 0.0, whole - start)  # −inf may mask tokens
-    size = start.masked_fill(start.isinf(), 0.0).norm(dim=-1)
-    if not bool((difference.norm(dim=-1) <= _rounding(plain.dtype, STATES) * size).all()):
+    if not bool((_apart(whole, start) <= _rounding(plain.dtype, STATES)).all()):
         raise ValueError(
             f"{_name(plain)} predicts a token otherwise once later ones stand behind it: it is no causal language "
             "model as it is configured (encoders need is_decoder=True)"

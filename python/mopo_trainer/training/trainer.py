@@ -29,7 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mopo_kernels import MOPODual, MOPOOutput
 from mopo_kernels.loss import policy_loss
 from mopo_trainer.data import objectives
-from mopo_trainer.data.packing import GroupBatch, TokenSequence, collate
+from mopo_trainer.data.packing import GroupBatch, collate
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.names import it_has
 from mopo_trainer.training.adapter import (
@@ -52,7 +52,7 @@ from mopo_trainer.training.evaluation import (
 )
 from mopo_trainer.training.fit import check_positions, check_tokens, pad_token
 from mopo_trainer.training.head import Scoring, head_arguments
-from mopo_trainer.training.probe import probe_scoring, sharing_obstacle
+from mopo_trainer.training.probe import check_lengths, probe_scoring, sharing_obstacle
 from mopo_trainer.training.reference import frozen_fingerprint, initial_logps, policy_fingerprint, response_logps
 from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
 from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
@@ -129,6 +129,7 @@ class MOPOTrainer(Trainer):
         self.start = starting_weights(model)
         self._check_fit(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
         self.scoring = self._probe(Scoring(pad_token(model, tokenizer), backend=args.backend))
+        self._check_lengths(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
 
     # ------------------------------------------------------------------------------------------------- the step
 
@@ -176,18 +177,23 @@ class MOPOTrainer(Trainer):
         plain = self.accelerator.unwrap_model(self.model)
         for groups in data:
             check_tokens(plain, groups, self.processing_class)
-        check_positions(plain, max(len(groups.longest_group()[0][0]) for groups in data))
+        check_positions(plain, max(len(groups.longest_group()[-1][0]) for groups in data))
+
+    def _check_lengths(self, *data: TokenizedGroups) -> None:
+        plain = self.accelerator.unwrap_model(self.model)
+        for groups in data:
+            check_lengths(plain, groups.shortest(), groups.longest_group()[-1], self.scoring)
 
     def _probe(self, scoring: Scoring) -> Scoring:
         """How this model's log-probabilities are computed, and whether its prompts can be shared."""
         plain = self.accelerator.unwrap_model(self.model)
-        longest = self.train_groups.longest_group()
-        scoring = probe_scoring(plain, longest[0][0], scoring)
-        return replace(scoring, share_prompt=self.args.share_prompt and self._can_share(longest, scoring))
+        scoring = probe_scoring(plain, self.train_groups.longest_group()[-1][0], scoring)
+        return replace(scoring, share_prompt=self.args.share_prompt and self._can_share(self.train_groups, scoring))
 
-    def _can_share(self, longest: Sequence[TokenSequence], scoring: Scoring) -> bool:
+    def _can_share(self, groups: TokenizedGroups, scoring: Scoring) -> bool:
         plain = self.accelerator.unwrap_model(self.model)
-        obstacle = sharing_obstacle(plain, longest, scoring)
+        rows = (groups.longest_group(), groups.widest_group())
+        obstacle = next(filter(None, (sharing_obstacle(plain, row, scoring) for row in rows)), "")
         if obstacle:
             logger.warning("share_prompt is off: %s", obstacle)
         return not obstacle
@@ -256,7 +262,7 @@ class MOPOTrainer(Trainer):
         """The trainer's, without shared prompts where these data are longer than those it was probed with."""
         if groups is self.train_groups or not self.scoring.share_prompt:
             return self.scoring
-        return replace(self.scoring, share_prompt=self._can_share(groups.longest_group(), self.scoring))
+        return replace(self.scoring, share_prompt=self._can_share(groups, self.scoring))
 
     def _initial_logps(self, groups: TokenizedGroups, split: str) -> Tensor:
         """log π_ref0, from the cache if the same model has scored the same tokens."""
@@ -303,6 +309,7 @@ class MOPOTrainer(Trainer):
         elif eval_dataset is not None and eval_dataset is not self.eval_dataset:
             given = read_eval_groups(eval_dataset, self.dual.objectives, self.processing_class, self.args)
             self._check_fit(*by_prefix(given, "eval").values())
+            self._check_lengths(*by_prefix(given, "eval").values())
         if given is None:
             raise ValueError("evaluate needs an eval_dataset, here or when the trainer is made")
         metrics: dict[str, float] = {}

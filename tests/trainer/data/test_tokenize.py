@@ -124,6 +124,15 @@ def test_groups_know_where_their_responses_begin_among_all():
     assert groups.group.tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
+def test_groups_know_their_longest_widest_and_shortest():
+    groups = tokenized(
+        ("c" * 40, "c", "a"), ("c", "c" * 30, "c" * 9), ("c" * 20, "c" * 9, "c" * 8, "c" * 7)
+    )  # rows of 45, 43 and 48 tokens
+    assert [len(ids) for ids, _ in groups.longest_group()] == [43, 43]
+    assert [len(ids) for ids, _ in groups.widest_group()] == [29, 30, 31]
+    assert len(groups.shortest()[0]) == 12
+
+
 def test_the_fingerprint_sees_tokens_their_order_and_where_prompts_end():
     different = [
         tokenized(("c", "cc", "a")),

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from every_type import tiny_model as type_model
 from tiny import make_tiny_model, plain_logps
 from transformers import (
     LlamaConfig,
@@ -17,7 +18,7 @@ from transformers import (
 
 from mopo_trainer.data.packing import SequenceBatch
 from mopo_trainer.training.head import Scoring, Transform, head_input
-from mopo_trainer.training.probe import probe_scoring, sharing_obstacle
+from mopo_trainer.training.probe import check_lengths, probe_scoring, sharing_obstacle
 
 PROMPT = list(range(9, 16))
 SEQUENCES = [([*PROMPT, *range(40, 52)], 7), ([*PROMPT, 70, 60, 50], 7)]
@@ -234,6 +235,42 @@ def test_a_model_that_refuses_the_mask_says_how(tiny_model, monkeypatch):
 
     monkeypatch.setattr(tiny_model.model, "forward", forward)
     assert "the model refuses a mask per query (ValueError" in sharing_obstacle(tiny_model, SEQUENCES, Scoring(0))
+
+
+def test_a_window_that_a_whole_row_exceeds_is_found_with_the_whole_row():
+    """GPT-Neo's windows count places in the row, not positions: two responses fit, five do not."""
+    model = type_model("gpt_neo", window_size=24)
+    row = [([*PROMPT, *range(10 * i, 10 * i + 8)], 7) for i in range(1, 6)]
+    shared = (logps(model, Scoring(0, share_prompt=True), row) - plain_logps(model, row)).abs()
+    assert shared[:2].max() < 1e-3 < 0.1 < shared[2:].max()
+    assert sharing_obstacle(model, row[:2], Scoring(0)) == ""
+    assert "hidden states of responses behind a shared prompt are" in sharing_obstacle(model, row, Scoring(0))
+
+
+# --------------------------------------------------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "beyond"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}, True),
+        ("llama", {"rope_type": "dynamic"}, True),
+        ("llama", {"rope_type": "yarn"}, False),
+        ("llama", {"rope_type": "default"}, False),
+    ],
+)
+def test_positions_that_are_rescaled_for_a_whole_batch_are_refused_beyond_their_length(kind, rope, beyond):
+    rope |= {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    model = type_model(kind, rope_parameters=rope, max_position_embeddings=16, original_max_position_embeddings=16)
+    long, short = SEQUENCES
+    wrong = (logps(model, Scoring(0)) - plain_logps(model, SEQUENCES)).abs().max() > 0.1
+    assert wrong == beyond
+    check_lengths(model, short, ([*PROMPT, *range(40, 48)], 7), Scoring(0))
+    if beyond:
+        with pytest.raises(ValueError, match="of 10 tokens other hidden states beside one of 19 than alone"):
+            check_lengths(model, short, long, Scoring(0))
+    else:
+        check_lengths(model, short, long, Scoring(0))
 
 
 # ---------------------------------------------------------------------------------------------- mixtures of experts

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from every_type import tiny_model as type_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import make_pairs, make_tiny_model, plain_logps
@@ -443,6 +444,36 @@ def test_after_a_refresh_the_loss_is_against_the_lag_policy(tmp_path, tiny_model
         policy_step=policy_step,
     )
     torch.testing.assert_close(loss.double(), expected.loss, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_rescaled_for_a_whole_batch_are_refused_in_training_and_held_out_data(tmp_path, tokenizer, pairs):
+    def model(positions):
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": positions}
+        return type_model("llama", rope_parameters=rope, **sizes)
+
+    long = [pair | {"chosen": pair["chosen"] * 3} for pair in pairs]
+    trainer = make(tmp_path, model(64), tokenizer, pairs)
+    for refused in (
+        lambda: make(tmp_path, model(64), tokenizer, long),
+        lambda: make(tmp_path, model(64), tokenizer, pairs, eval_dataset=long),
+        lambda: trainer.evaluate(long),
+    ):
+        with pytest.raises(ValueError, match=r"other hidden states beside one of \d+ than alone"):
+            refused()
+
+
+def test_sharing_is_decided_by_whole_rows(tmp_path, tokenizer, caplog):
+    """The longest sequence stands in a narrow row; the widest row leaves GPT-Neo's window, which counts its places."""
+    few, many = {"friendly": [1.0, 0.0], "brief": [0.0, 1.0]}, {"friendly": [1.0, 0.0] * 3, "brief": [0.0, 1.0] * 3}
+    narrow = {"prompt": "Why?", "responses": ["Because it is so.", "No."], "ratings": few}
+    wide = {"prompt": "Who?", "responses": [f"It was me {i}." for i in range(6)], "ratings": many}
+    shared = []
+    for rows in ([narrow], [narrow, wide]):
+        model = type_model("gpt_neo", vocab_size=len(tokenizer), window_size=48)
+        shared.append(make(tmp_path, model, tokenizer, rows, share_prompt=True).scoring.share_prompt)
+    assert shared == [True, False]
+    assert "share_prompt is off: hidden states of responses behind a shared prompt are" in caplog.text
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 10.0])
