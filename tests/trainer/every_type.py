@@ -121,7 +121,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "num_key_value_heads": 4},
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
+    "doge:experts": {"is_moe": True},
     "falcon:alibi": {"alibi": True},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": SHARED_KEYS | {"activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]},
     "gemma4_text": SHARED_KEYS,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -163,7 +165,8 @@ def tiny_model(name: str, **more: Any) -> PreTrainedModel:
     """The type or variant `name` with lively random weights, in evaluation mode; `more` goes into its configuration."""
     kind = CONFIG_MAPPING[name.partition(":")[0]]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(kind(**_merged(_arguments(kind()), ARGUMENTS.get(name, {}) | more)))
+    arguments = _merged(_merged(_arguments(kind()), ARGUMENTS.get(name, {})), more)
+    model = AutoModelForCausalLM.from_config(kind(**arguments))
     _enliven(model.eval())
     return model
 
@@ -212,6 +215,17 @@ def _enliven(model: PreTrainedModel) -> None:
     logits = model(input_ids=torch.arange(10, 26)[None], use_cache=False).logits
     if isinstance(head, nn.Module) and head.weight is not model.get_input_embeddings().weight:
         head.weight *= 2 / logits.std(-1).mean()
+
+
+def router_options(name: str) -> dict[str, Any]:
+    """Arguments with which the type reports a router loss, under the names that types use, {} where it has none."""
+    default = CONFIG_MAPPING[name.partition(":")[0]]()
+    text = default.get_text_config()
+    if not hasattr(text, "output_router_logits"):
+        return {}
+    weights = {key: 0.5 for key in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(text, key)}
+    options = {"output_router_logits": True} | weights
+    return options if text is default else {"text_config": options}
 
 
 UNBUILT = {

@@ -3,7 +3,12 @@
 import json
 
 import pytest
-from every_type import EVERY_TYPE, TABLE, UNBUILT, VARIANTS, outcome
+import torch
+from every_type import EVERY_TYPE, SEQUENCES, TABLE, UNBUILT, VARIANTS, outcome, router_options, tiny_model
+
+from mopo_trainer.data.packing import SequenceBatch
+from mopo_trainer.training.head import Scoring
+from mopo_trainer.training.probe import probe_scoring
 
 FEW = [
     *("llama:no windows", "gpt2", "gemma2", "granite", "hyperclovax", "falcon_h1", "cohere", "mpt", "bloom", "bert"),
@@ -24,3 +29,19 @@ def test_every_type(name):
     if name in UNBUILT:
         pytest.skip(UNBUILT[name])
     assert outcome(name) == KNOWN[name], f"run {TABLE.with_suffix('.py').name} to write the table anew"
+
+
+MIXTURES = [name for name, known in KNOWN.items() if router_options(name) and "refused" not in known["logits"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_router_loss_is_what_the_type_adds_to_its_own_loss(name):
+    model, tokens = tiny_model(name, **router_options(name)), torch.tensor([SEQUENCES[0][0]])
+    scoring = probe_scoring(model, SEQUENCES[0][0], Scoring(0))
+    with torch.no_grad():
+        own = model(input_ids=tokens, labels=tokens, use_cache=False)
+        router_loss = scoring.forward(model, model, scoring.pack(SequenceBatch.of(SEQUENCES[:1]), None)).router_loss
+    added = own.loss - torch.nn.functional.cross_entropy(own.logits[0, :-1].float(), tokens[0, 1:])
+    ours = 0.0 if router_loss is None else scoring.router_weight * router_loss
+    torch.testing.assert_close(torch.as_tensor(ours), added, rtol=1e-4, atol=1e-4)
