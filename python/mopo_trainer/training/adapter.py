@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,12 @@ if is_peft_available():
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
     PEFT_MODEL: tuple[type, ...] = (PeftModel,)
+    PEFT_TUNER: tuple[type, ...] = (BaseTunerLayer,)
     PEFT_LAYER: tuple[type, ...] = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 else:
-    PEFT_MODEL = PEFT_LAYER = ()
+    PEFT_MODEL = PEFT_TUNER = PEFT_LAYER = ()
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "mopo_adapter.safetensors"
 
@@ -93,6 +97,7 @@ def check_trainable(model: Any, *, share_prompt: bool, gradient_checkpointing: b
     _check_virtual_tokens(model, share_prompt=share_prompt, gradient_checkpointing=gradient_checkpointing)
     _check_kept(model, trainable)
     _check_reached(model, trainable)
+    _say_what_a_merge_would_break(model)
 
 
 def _check_precision(model: nn.Module) -> None:
@@ -103,6 +108,18 @@ def _check_precision(model: nn.Module) -> None:
                 f"{name} is trainable in float16, where gradients and the optimizer's eps underflow; load the model "
                 "with dtype=torch.float32 (fp16=True then computes in float16) or torch.bfloat16, or train an adapter"
             )
+
+
+def _say_what_a_merge_would_break(model: Any) -> None:
+    """A low-rank update merged into a head that is the embedding changes both; it was trained on one."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    bases = [getattr(end, "base_layer", end) for end in ends]
+    is_tied = all(hasattr(base, "weight") for base in bases) and bases[0].weight is bases[1].weight
+    if is_tied and any(isinstance(end, PEFT_TUNER) for end in ends):
+        logger.warning(
+            "the adapter stands on one end of a head that is tied to the embedding: exact as an adapter, but merged "
+            "into the model it changes both ends; keep it apart, or leave lm_head and the embedding out of target_modules"
+        )
 
 
 def _check_virtual_tokens(model: PreTrainedModel, *, share_prompt: bool, gradient_checkpointing: bool) -> None:

@@ -16,6 +16,7 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import make_pairs, make_tiny_model, plain_logps
+from transformers import AutoModelForCausalLM
 
 from mopo_trainer.training.adapter import check_trainable
 from mopo_trainer.training.config import MOPOConfig
@@ -137,6 +138,24 @@ def test_the_head_of_the_loss_is_the_one_that_trains(tmp_path, tokenizer, kind):
     assert weight.grad.abs().max() > 0
     with trainer.model.disable_adapter():
         assert not linear_head(trainer.model).weight.requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["LoRA", "head", "embedding", "both, tied", "tokens", "LoRA on the head"])
+def test_merged_saved_and_loaded_a_tied_head_is_what_was_trained_or_a_warning_was_given(
+    tmp_path, tokenizer, caplog, kind
+):
+    ids = torch.tensor([[5, 9, 50, 70, 80]])
+    torch.manual_seed(0)
+    adapted = moved(get_peft_model(make_tiny_model(tokenizer), copy.deepcopy(KINDS[kind]))).eval()
+    check_trainable(adapted, share_prompt=False, gradient_checkpointing=False)
+    trained = adapted(input_ids=ids).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits
+    is_same = torch.allclose(loaded, trained, rtol=1e-5, atol=1e-5)
+    assert is_same == (kind != "LoRA on the head")
+    assert ("merged into the model it changes both ends" in caplog.text) == (not is_same)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
