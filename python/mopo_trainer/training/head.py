@@ -38,10 +38,15 @@ def linear_head(plain: PreTrainedModel) -> nn.Linear:
 
 @contextmanager
 def head_input(plain: PreTrainedModel, replace: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """While open, the head gets `replace(its input)`; what it would have got is in the list, [R, T, H] a forward."""
+    """While open, the head gets `replace(its input)`; what it would have got is in the list, [R, T, H] a forward.
+
+    Inputs of another shape, or given by name, pass untouched and uncaptured.
+    """
     captured: list[Tensor] = []
 
-    def swap(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def swap(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].ndim != 3:
+            return None
         captured.append(args[0])
         return replace(args[0]), *args[1:]
 
@@ -93,7 +98,7 @@ class Scoring:
         else:
             with head_input(plain, lambda hidden: hidden[:, :1]) as captured:
                 output = model(**inputs, use_cache=False)
-            if not captured or captured[-1].ndim != 3:
+            if not captured:
                 raise Unfused("its LM head does not read hidden states [R, T, H]")
             states = captured[-1]
         last = states[:, -packed.input_ids.shape[1] :]  # adapters may run the model before, or put tokens in front

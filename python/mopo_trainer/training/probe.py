@@ -144,7 +144,7 @@ def measure_transform(plain: PreTrainedModel, ids: Sequence[int]) -> Transform:
     with head_input(plain, amplify):
         logits = _own_logits(plain, ids)
     if not products or products[-1].shape[1] < len(ids) or logits.shape[-1] != head.weight.shape[0]:
-        raise Unfused("its logits do not come from its LM head alone")
+        raise Unfused("its logits do not come from hidden states [R, T, H] through its LM head alone")
     return _fit(products[-1][0, -len(ids) :], logits[:, columns].double(), plain.config, plain.dtype)
 
 
@@ -182,7 +182,7 @@ def _router_weight(plain: PreTrainedModel, ids: Sequence[int]) -> float:
     measured = (output.loss.double() - entropy).item() / router_loss.item()
     numbers = [0.0, *(abs(float(x)) for x in _numbers(plain.config.to_dict()))]
     nearest = min(numbers, key=lambda x: abs(x - measured))
-    if abs(nearest - measured) > 1e-3 + 0.05 * abs(measured):
+    if abs(nearest - measured) > 1e-5 + 0.02 * abs(measured):
         raise ValueError(
             f"{_name(plain)} adds its router loss {measured:.3g} times to its own, which its configuration does not "
             "say; set output_router_logits=False to train without it"

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from every_type import tiny_model as type_model
+from tiny import SIZES as TINY
 from tiny import make_tiny_model, plain_logps
 from transformers import (
     LlamaConfig,
@@ -15,6 +16,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from mopo_trainer.data.packing import SequenceBatch
 from mopo_trainer.training.head import Scoring, Transform, head_input
@@ -22,15 +24,7 @@ from mopo_trainer.training.probe import check_lengths, probe_scoring, sharing_ob
 
 PROMPT = list(range(9, 16))
 SEQUENCES = [([*PROMPT, *range(40, 52)], 7), ([*PROMPT, 70, 60, 50], 7)]
-SIZES = {
-    "vocab_size": 261,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-}
+SIZES = TINY | {"vocab_size": 261}
 
 
 class Altered(LlamaForCausalLM):
@@ -116,6 +110,21 @@ def test_gradients_through_the_models_logits(altered, alter):
     plain_logps.__wrapped__(model, SEQUENCES).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda head, x: head(x.flatten(0, 1)).view(*x.shape[:2], -1), lambda head, x: head(input=x)]
+)
+def test_heads_that_are_fed_another_way_go_through_the_models_logits(tiny_model, monkeypatch, call):
+    def forward(input_ids, **inputs):
+        hidden = tiny_model.model(input_ids, attention_mask=inputs.get("attention_mask")).last_hidden_state
+        return CausalLMOutput(logits=call(tiny_model.lm_head, hidden))
+
+    expected = plain_logps(tiny_model, SEQUENCES)
+    monkeypatch.setattr(tiny_model, "forward", forward)
+    scoring = probe_scoring(tiny_model, SEQUENCES[0][0], Scoring(0))
+    assert scoring.transform is None
+    torch.testing.assert_close(logps(tiny_model, scoring), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_head_makes_the_logits_of_one_position_only(tiny_model):
@@ -286,6 +295,13 @@ def test_the_router_weight_is_the_models_own(coefficient):
     model = mixture(output_router_logits=True, router_aux_loss_coef=coefficient)
     scoring = probe_scoring(model, SEQUENCES[0][0], Scoring(0))
     assert scoring.router_weight == pytest.approx(coefficient)
+
+
+def test_a_router_weight_near_one_that_the_configuration_names_is_refused():
+    model = mixture(output_router_logits=True, router_aux_loss_coef=0.001)
+    model.router_aux_loss_coef = 0.0011
+    with pytest.raises(ValueError, match=r"adds its router loss 0\.0011 times to its own"):
+        probe_scoring(model, SEQUENCES[0][0], Scoring(0))
 
 
 def test_without_router_logits_there_is_no_router_loss():

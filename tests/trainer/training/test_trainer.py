@@ -8,7 +8,7 @@ import torch
 from every_type import tiny_model as type_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny import make_pairs, make_tiny_model, plain_logps
+from tiny import SIZES, make_pairs, make_tiny_model, plain_logps
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
@@ -480,12 +480,8 @@ def test_sharing_is_decided_by_whole_rows(tmp_path, tokenizer, caplog):
 def test_the_router_loss_of_a_mixture_of_experts_is_added_and_logged(tmp_path, tokenizer, pairs, coefficient):
     torch.manual_seed(0)
     config = MixtralConfig(
+        **SIZES,
         vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         num_local_experts=4,
         sliding_window=None,
         router_aux_loss_coef=coefficient,
