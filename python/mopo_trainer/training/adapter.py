@@ -118,7 +118,7 @@ def _say_what_a_merge_would_break(model: Any) -> None:
     if is_tied and any(isinstance(end, PEFT_TUNER) for end in ends):
         logger.warning(
             "the adapter stands on one end of a head that is tied to the embedding: exact as an adapter, but merged "
-            "into the model it changes both ends; keep it apart, or leave lm_head and the embedding out of target_modules"
+            "into the model it changes both ends; keep it apart, or leave both out of target_modules"
         )
 
 
