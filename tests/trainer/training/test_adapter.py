@@ -109,9 +109,14 @@ KINDS = {
 }
 
 
+HEADS = ("tokens", "head", "LoRA on the head", "embedding", "both, tied")  # to the others a tied head is as good
+CASES = [(kind, True) for kind in KINDS] + [
+    pytest.param(kind, False, marks=[] if kind in HEADS else pytest.mark.slow) for kind in KINDS
+]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tied"), CASES)
 def test_the_reference_is_the_policy_at_the_start(tmp_path, tokenizer, kind, tied):
     model = make_tiny_model(tokenizer)
     if not tied:
