@@ -158,7 +158,8 @@ def mopo_loss(
         multipliers: λ ≥ 0, 1 at the primary (see `MOPODual`, `solve_dual`).
         tau: temperature τ > 0 of the KL penalty.
         eps: radius ε ≥ 0 of the robust bound's KL ball.
-        ref_logp: log π_ref(y_i|x), needed by contrast and regress.
+        ref_logp: log π_ref(y_i|x), needed by contrast and regress; under a lag contrast takes that of π_ref0 (its
+            weights carry ω), regress that of π_lag.
         lag_log_ratio: log ω_i = log π_lag(y_i|x) − log π_ref0(y_i|x), or None.
         policy_step: "clone", "contrast" or "regress".
         primary: column of the primary objective.

@@ -129,3 +129,29 @@ def test_one_sequence_in_a_group_of_its_own():
     assert STEPS["clone"].loss(logp, target) == -7
     assert STEPS["clone"].gradient(logp, target).tolist() == [1]
     assert StepTarget.unpacked(target.packed()) == target
+
+
+@pytest.mark.parametrize(("step", "compared"), [("clone", "neither"), ("contrast", "first"), ("regress", "lag")])
+def test_under_a_lag_the_optimum_is_relative_to_the_lag_policy(step, compared):
+    """pi_lag exp(s / tau), over a table whose responses pi_ref0 draws equally; the lag counts once."""
+    generator = torch.Generator().manual_seed(0)
+    lag = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
+    first = torch.full_like(lag, -math.log(5))
+    labels = label_statistics(
+        torch.rand(5, 2, generator=generator, dtype=torch.float64),
+        torch.zeros(5, dtype=torch.int64),
+        torch.tensor([1.0, 0.7]),
+        tau=TAU,
+        lag_log_ratio=lag - first,
+    )
+    scores = labels.values.score * (4 / 5 if step == "regress" else 1)
+
+    def gradient(logits, ref_logp):
+        logits = logits.detach().requires_grad_()
+        STEPS[step].loss(logits.log_softmax(0), step_target(step, labels, ref_logp)).backward()
+        return logits.grad.abs().max()
+
+    references = {"first": first, "lag": lag}
+    assert gradient(lag + scores, references.get(compared)) < 1e-12
+    for other in references.keys() - {compared} if step != "clone" else ():
+        assert gradient(lag + scores, references[other]) > 1e-2

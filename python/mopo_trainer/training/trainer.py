@@ -205,10 +205,14 @@ class MOPOTrainer(Trainer):
         super()._track_num_input_tokens(_as_tokens(inputs))
 
     def _reference_logp(self, response: Tensor, device: torch.device) -> Tensor | None:
-        """log π_ref of responses for contrast and regress: the policy of one lag ago, or the initial one."""
+        """log π_ref of responses: what regress compares with is the policy of one lag ago, contrast the initial one.
+
+        Contrast's weights carry ω = π_lag/π_ref0; against π_lag it would count twice, with π_lag ω exp(s/τ) as optimum.
+        """
         if self.args.policy_step == "clone":
             return None
-        return self.reference.get("lag", self.reference["train"])[response].to(device)
+        lagged = self.args.policy_step == "regress" and "lag" in self.reference
+        return self.reference["lag" if lagged else "train"][response].to(device)
 
     def _lag_log_ratio(self, response: Tensor | slice) -> Tensor | None:
         """Clipped log ω = log π_lag − log π_ref0, None before the first refresh."""
