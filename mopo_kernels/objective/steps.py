@@ -10,8 +10,8 @@ All three have the same optimum in the tabular limit. The factor (n-1)/n makes `
 draws; without it pairs would overshoot twofold, which is IPO's 1/(2 tau). `clone` and `contrast` see the exp of an
 estimated win rate, which is no estimate of the exp: with few opponents they aim sharper than the optimum.
 
-Under a lag the optimum is pi_lag exp(s / tau). The weights of clone and contrast carry omega = pi_lag / pi_ref0, so what
-contrast compares with is pi_ref0, whom the responses are from; regress knows scores only and compares with pi_lag.
+Under a lag the optimum is pi_lag exp(s / tau). The weights of clone and contrast carry omega = pi_lag / pi_ref0, so
+contrast compares with pi_ref0, whom the responses are from; regress knows scores only and compares with pi_lag.
 
 Source: arXiv 2505.10892, Eq. 7 (clone); contrast is DPO's and regress is IPO's loss with several objectives (ours).
 A step is float64 arithmetic on [B]: what costs is the LM head, so no step has a kernel of its own.
