@@ -18,7 +18,7 @@ ours.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,18 +143,51 @@ def auto_eps_grouped(labels: GroupedLabels, *, beta: float, primary: int) -> flo
     if secondaries.numel() == 0:
         return 0.0
     values, ref_weights, _ = ratio_sample(labels, torch.zeros_like(labels.labelled_groups), 1.0, secondaries)  # rho = 1
-    mean, variance = mean_and_variance(values, ref_weights)
+    mean = (values * ref_weights).sum(-1)
     slack = (1 - beta) * float(mean.min())
-    affordable = mean - support_min(values, ref_weights) <= slack  # even the smallest value is
-    if slack == 0 or affordable.all():
-        return 0.0
+    radius = float(_radius_of_cost(values, ref_weights, slack).min()) if slack else 0.0
+    return radius if radius < math.inf else 0.0
+
+
+def largest_eps(
+    win_rate: Tensor,  # [B, K]
+    group: Tensor,  # [B]
+    thresholds: Tensor | Sequence[float],  # [K-1], without the primary; -inf = no threshold
+    *,
+    tau: float,
+    primary: int = 0,
+) -> Tensor:  # [K]
+    """The largest radius at which each threshold can be met if it alone is asked for.
+
+    0 where the win rate itself does not reach the threshold, inf where every response does, and at objectives without
+    one. Raises ValueError as `solve_dual` does.
+    """
+    labels = group_labels(win_rate, group, None)
+    check_tau(tau)
+    bounds = full_thresholds(thresholds, win_rate.shape[1], primary).to(win_rate.device)
+
+    def largest(objective: int) -> float:
+        def radius(values: Tensor, ref_weights: Tensor) -> float:
+            cost = float((values * ref_weights).sum() - bounds[objective])
+            return float(_radius_of_cost(values, ref_weights, cost)) if cost > 0 else 0.0
+
+        return _largest_along(radius, labels, tau, primary, objective)
+
+    asked = bounds.isfinite().tolist()
+    return bounds.new_tensor([largest(k) if asked[k] else math.inf for k in range(bounds.numel())])
+
+
+def _radius_of_cost(values: Tensor, ref_weights: Tensor, cost: float) -> Tensor:  # [C, M], [C, M] -> [C]
+    """The radius at which the robust bound is `cost` > 0 below the mean; inf where even the smallest value is not."""
+    mean, variance = mean_and_variance(values, ref_weights)
+    affordable = mean - support_min(values, ref_weights) <= cost
 
     def excess_cost(t: Tensor) -> tuple[Tensor, Tensor]:
         tilted_mean, tilted_variance = mean_and_variance(values, tilt(values, ref_weights, t)[0])
-        return mean - tilted_mean - slack, tilted_variance
+        return mean - tilted_mean - cost, tilted_variance
 
-    t = increasing_root(excess_cost, slack / variance.clamp(min=1e-30), tolerance=1e-9 * slack, skip=affordable)
-    return float(tilt(values, ref_weights, t)[1][~affordable].min())
+    t = increasing_root(excess_cost, cost / variance.clamp(min=1e-30), tolerance=1e-9 * cost, skip=affordable)
+    return tilt(values, ref_weights, t)[1].masked_fill(affordable, math.inf)
 
 
 def _best_alone(labels: GroupedLabels, tau: float, eps: float, primary: int) -> Tensor:  # [K]
@@ -162,26 +195,38 @@ def _best_alone(labels: GroupedLabels, tau: float, eps: float, primary: int) -> 
     highest = torch.stack([bucket.values.amax(1) @ bucket.copies for bucket in labels.buckets]).sum(0)
     if eps == 0:
         return highest / labels.labelled_groups
-    return torch.stack([_best_bound(labels, tau, eps, primary, k) for k in range(highest.numel())])
+    return highest.new_tensor([_best_bound(labels, tau, eps, primary, k) for k in range(highest.numel())])
 
 
-def _best_bound(labels: GroupedLabels, tau: float, eps: float, primary: int, objective: int) -> Tensor:  # []
-    """The largest LB_k over multipliers of k alone: a grid in the logarithm, then golden sections around its best."""
+def _best_bound(labels: GroupedLabels, tau: float, eps: float, primary: int, objective: int) -> float:
+    """The largest LB_k over multipliers of k alone."""
+    return _largest_along(
+        lambda values, ref_weights: float(bound_and_chi(values, ref_weights, eps)[0]), labels, tau, primary, objective
+    )
+
+
+def _largest_along(
+    measure: Callable[[Tensor, Tensor], float],  # of rho v[1, M] and their reference weights[1, M]
+    labels: GroupedLabels,
+    tau: float,
+    primary: int,
+    objective: int,
+) -> float:
+    """The largest `measure` over multipliers of one objective: a grid in the logarithm, golden sections at its best."""
     column = _one_hot(objective, labels).nonzero()[:, 0]
 
-    def bound(log2: float) -> Tensor:
+    def at(log2: float) -> float:
         multipliers = _one_hot(primary, labels) + tau * 2**log2 * _one_hot(objective, labels)
         values, ref_weights, _ = ratio_sample(labels, multipliers, tau, column)
-        return bound_and_chi(values, ref_weights, eps)[0]
+        return measure(values, ref_weights)
 
-    grid = range(-10, 18)
-    centre = max(grid, key=lambda log2: float(bound(log2)))
+    centre = max(range(-10, 18), key=at)
     low, high = centre - 1.0, centre + 1.0
     golden = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
+    for _ in range(20):  # to 1e-4 in the logarithm, and the maximum is flat
         left, right = high - golden * (high - low), low + golden * (high - low)
-        low, high = (left, high) if bound(left) < bound(right) else (low, right)
-    return torch.maximum(bound((low + high) / 2), bound(-math.inf))[0]
+        low, high = (left, high) if at(left) < at(right) else (low, right)
+    return max(at((low + high) / 2), at(-math.inf))
 
 
 # ----------------------------------------------------------------------------------------------------------- solver

@@ -12,7 +12,7 @@ from label_data import TAU, Oracle, between, data, solve
 from scipy.optimize import least_squares, linprog, minimize, minimize_scalar
 
 from mopo_kernels import mopo_objective, win_rate_from_pairs
-from mopo_kernels.objective.dual import InfeasibleThresholds, attainable_range, auto_eps, solve_dual
+from mopo_kernels.objective.dual import InfeasibleThresholds, attainable_range, auto_eps, largest_eps, solve_dual
 from mopo_kernels.objective.robust import robust_bound
 
 RESIDUAL = 1e-8  # what solve_dual promises
@@ -394,3 +394,24 @@ def test_auto_eps_by_hand_and_where_no_ball_costs_anything():
     assert auto_eps(pairs, group, beta=1.0) == 0
     assert auto_eps(torch.full_like(pairs, 0.5), group, beta=0.9) == 0
     assert auto_eps(pairs[:, :1], group, beta=0.9) == 0
+
+
+def test_largest_eps_by_hand():
+    """Eight fair pairs, one objective held: a target of weight w has the values 2w and 0, half each; w = 1 is best."""
+    pairs = win_rate_from_pairs(torch.tensor([[1.0, 1.0]], dtype=torch.float64).expand(8, 2))
+    group = torch.arange(8).repeat(2)
+    q = 0.6 / 2  # the mass that the ball leaves on the value 2
+    by_hand = q * math.log(2 * q) + (1 - q) * math.log(2 - 2 * q)
+    assert largest_eps(pairs, group, [0.6], tau=TAU).tolist() == [math.inf, pytest.approx(by_hand, rel=1e-6)]
+    assert largest_eps(torch.full_like(pairs, 0.5), group, [0.6], tau=TAU)[1] == 0
+    assert largest_eps(torch.full_like(pairs, 0.5), group, [0.4], tau=TAU)[1] == math.inf
+    assert largest_eps(pairs, group, [-math.inf], tau=TAU)[1] == math.inf
+
+
+def test_beyond_the_largest_eps_a_threshold_alone_is_infeasible():
+    win_rate, group, _ = data(unlabelled=0.2, lag=False, objectives=2)
+    eps = float(largest_eps(win_rate, group, [0.6], tau=TAU)[1])
+    assert 0 < eps < math.inf
+    solve_dual(win_rate, group, [0.6], tau=TAU, eps=0.99 * eps)
+    with pytest.raises(InfeasibleThresholds):
+        solve_dual(win_rate, group, [0.6], tau=TAU, eps=1.01 * eps)

@@ -40,11 +40,17 @@ examples:
                                                 multipliers and win rates under these thresholds
   mopo solve labels.jsonl --scorer short=brevity --scorer polite=my_scorers:politeness
 
-reading the table: `corr.` is the correlation with the primary's win rates; `free` what comes without asking (a lower
-threshold costs nothing); `best` the largest threshold that can be asked for alone; `gets` what all thresholds together
-give; `cost` the primary's win rate given up for this threshold, the others kept; the multiplier its price at the
-margin.  All are win rates of the ideal policy over the labelled responses: what training aims at.  A cost below 0 is no
-error: what is maximised is the primary's win rate less tau times the distance from the reference.
+reading the table: `corr.` is the rank correlation with the primary's win rates; `free` what comes without asking (a
+lower threshold costs nothing); `best` the largest threshold that can be asked for alone; `gets` what all thresholds
+together give; `cost` the primary's win rate given up for this threshold, the others kept; the multiplier its price at
+the margin.  All are win rates of the ideal policy over the labelled responses: what training aims at.
+
+reading what follows it: `conflict`, what the primary alone does to the others; `binding`, which thresholds have a price
+(if none has, one objective would do); `labels`, how sure the win rates are that hold them, and the eps that makes them
+hold on other prompts of the kind; `eps`, how large a radius they allow, and why the paper's 0.15 is too large for most
+data; `gain`, why a threshold can raise the primary: what is maximised is its win rate less tau times the KL divergence
+from the reference.  The intervals are 95%, by bootstrap over prompts.  They know nothing of noise in the labels: where
+each response met few others, the ideal policy picks luck as well as merit, and its win rates are too high.
 
 data: JSON Lines, JSON, Parquet or Arrow, compressed or not, a directory or a name on the hub, one prompt a row:
   {"prompt": "..", "chosen": "..", "rejected": "..", "preference": {"helpful": 1, "harmless": 0.5}}

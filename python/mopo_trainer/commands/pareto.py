@@ -60,7 +60,8 @@ class TabularProblem(Problem):
 
     def solve_bounds(self, bounds: Tensor) -> Solution:
         found = solve_tabular(self.P, self.mu, self.pi_ref, bounds, tau=self.tau)
-        return Solution(found.multipliers, found.win_rates, found.win_rates)
+        kl = (float(found.win_rates[0]) - found.value) / self.tau
+        return Solution(found.multipliers, found.win_rates, found.win_rates, kl)
 
     @property
     def win_rate(self) -> Tensor:  # [Y, K]

@@ -23,9 +23,10 @@ from transformers.trainer_utils import set_seed
 
 from mopo_kernels.objective.dual import auto_eps
 from mopo_trainer import data
+from mopo_trainer.commands import findings
 from mopo_trainer.commands.arguments import parse_arguments, target_modules
 from mopo_trainer.commands.options import ScriptArguments
-from mopo_trainer.commands.solve import LabelProblem, objective_rows, objectives_table
+from mopo_trainer.commands.solve import LabelProblem, infeasibility_explained, objectives_table, summary
 from mopo_trainer.data.scorers import load_scorers
 from mopo_trainer.files import write_json
 from mopo_trainer.names import it_has
@@ -113,9 +114,12 @@ def print_plan(source: str, groups: Dataset, config: MOPOConfig, console: Consol
     if radius == "auto":
         radius = auto_eps(win_rate, group, beta=config.ratchet_beta)
     problem = LabelProblem(source, order, win_rate, group, config.tau, radius)
-    rows = objective_rows(problem, config.threshold_map())
+    with infeasibility_explained(problem, config.threshold_map()):
+        found = summary(problem, config.threshold_map())
     console.print(problem.headline, style="bold", soft_wrap=True)
-    console.print(objectives_table(rows, len(groups)))
+    console.print(objectives_table(found))
+    console.print()
+    console.print(findings.table(found))
 
 
 def load_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

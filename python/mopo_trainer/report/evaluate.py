@@ -24,6 +24,8 @@ from torch import Tensor
 
 from mopo_trainer.data.scorers import Scorer
 
+MAX_BLOCK = 1 << 22  # numbers drawn at once, 64 MB
+
 
 class Interval(NamedTuple):
     """A mean with its confidence interval."""
@@ -42,9 +44,11 @@ def bootstrap_interval(values: ArrayLike, *, confidence: float = 0.95, resamples
     sample = sample[~np.isnan(sample)]
     if sample.size == 0:
         raise ValueError("values holds no number to average: nothing is labelled for this objective")
-    draws = np.random.default_rng(0).integers(sample.size, size=(resamples, sample.size))
+    random, block = np.random.default_rng(0), max(1, MAX_BLOCK // sample.size)
+    sizes = [min(block, resamples - done) for done in range(0, resamples, block)]
+    means = [sample[random.integers(sample.size, size=(size, sample.size))].mean(axis=1) for size in sizes]
     tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(sample[draws].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return Interval(float(sample.mean()), float(low), float(high))
 
 

@@ -1,14 +1,29 @@
 """What `mopo solve` reports: the figures stated beside the example data, prices, attainable ranges."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from mopo_kernels import InfeasibleThresholds
+from mopo_trainer.commands import solve
 from mopo_trainer.commands.main import main
-from mopo_trainer.commands.solve import LabelProblem, analyse, load_problem, plot_report, sweep
+from mopo_trainer.commands.solve import (
+    LabelProblem,
+    analyse,
+    bound_of_one,
+    infeasibility_explained,
+    load_problem,
+    plot_report,
+    print_report,
+    summary,
+    sweep,
+)
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "data"
 
@@ -140,19 +155,96 @@ def test_partly_labelled_objectives_are_counted(tmp_path):
     ]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    x, y = analyse(load_problem(str(file)), {}, points=2)["objectives"]
+    found = analyse(load_problem(str(file)), {}, points=2)
+    x, y = found["objectives"]
     assert (x["labelled_groups"], y["labelled_groups"]) == (5, 3)
     assert (y["free"], y["best"]) == (pytest.approx(0.25, abs=1e-5), pytest.approx(0.75))
-    assert (x["correlation"], y["correlation"]) == (pytest.approx(1), pytest.approx(-1))
+    assert found["rank_correlations"][0] == [pytest.approx(1), pytest.approx(-1)]
 
 
-def test_a_constant_objective_has_no_correlation(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "preference": {"x": 1.0, "y": 0.5}}
-    file.write_text(json.dumps(row) + "\n")
-    _, y = analyse(load_problem(str(file)), {}, points=2)["objectives"]
-    assert y["correlation"] is None
-    assert y["free"] == y["best"] == pytest.approx(0.5)
+def pairs(labels, tau=0.08):
+    """Pairs with the labels {objective: P of the first} each."""
+    preference = torch.tensor([list(row) for row in labels], dtype=torch.float64)
+    win_rate = torch.stack([preference, 1 - preference], dim=1).view(-1, preference.shape[1])
+    group = torch.arange(len(preference)).repeat_interleave(2)
+    return LabelProblem("labels", tuple("abcd"[: preference.shape[1]]), win_rate, group, tau=tau, eps=0.0)
+
+
+# b agrees with a in half of the pairs; where it does not, mixing the two responses holds it.
+HALF = pairs([(1, 1), (1, 0)] * 20)
+
+
+def test_a_summary_by_hand():
+    found = summary(HALF, {"b": 0.6})
+    a, b = found["objectives"]
+    # a pair that disagrees has the weight w = sigmoid((1 - multiplier) / tau) on a: b gets (1 + 1 - w) / 2
+    w = 0.8
+    assert b["multiplier"] == pytest.approx(1 - 0.08 * math.log(w / (1 - w)), abs=1e-5)  # the others weigh 1 - 1e-11
+    assert (a["win_rate"], b["win_rate"]) == (pytest.approx((1 + w) / 2, abs=1e-5), pytest.approx(0.6, abs=1e-8))
+    assert b["cost"] == pytest.approx(1 - (1 + w) / 2, abs=1e-5)
+    assert b["free_win_rate"] == pytest.approx(0.5, abs=1e-5)
+    # KL from a fair coin: ln 2 where the two agree, ln 2 less the coin's entropy where they do not
+    entropy = -(w * math.log(w) + (1 - w) * math.log(1 - w))
+    assert found["kl"] == pytest.approx(math.log(2) - entropy / 2, abs=1e-4)
+    assert b["interval"] == pytest.approx(0.6 + np.array([-1, 1]) * 1.96 * 0.4 / 40**0.5, abs=0.015)
+    assert found["rank_correlations"] == [[1, pytest.approx(0, abs=1e-12)], [pytest.approx(0, abs=1e-12), 1]]
+    assert found["group_size"] == 2
+
+
+def test_the_safe_eps_is_the_smallest_that_lifts_the_interval_above_the_threshold():
+    thresholds = {"b": 0.6}
+    safe = summary(HALF, thresholds)["safe"]
+    below = solve.EPS_GRID[solve.EPS_GRID.index(safe["eps"]) - 1]
+    for eps, expected in ((safe["eps"], True), (below, False)):
+        problem = replace(HALF, eps=eps)
+        solution = problem.solve(thresholds)
+        assert (problem.intervals(solution, ["b"])["b"].low >= 0.6) == expected
+    # by the normal approximation: b of mean g is 1 or 2g - 1, and g - 1.96 (1 - g) / sqrt(40) = 0.6
+    assert safe["win_rates"][1] == pytest.approx((0.6 + 0.31) / 1.31, abs=0.01)
+    at_safe = summary(replace(HALF, eps=safe["eps"]), thresholds)
+    assert at_safe["safe"] == {**safe, "multipliers": pytest.approx(safe["multipliers"])}  # no more is asked for
+
+
+def test_what_cannot_be_made_safe_and_what_is():
+    poor = pairs([(1, 0), (1, 0.6)] * 10)  # b reaches 1 and 0.6: 0.8 ± 0.09 at best
+    assert summary(poor, {"b": 0.75})["safe"] is None
+    assert summary(HALF, {"b": 0.2})["safe"]["eps"] == 0
+    assert summary(HALF, {})["safe"] is None
+
+
+def test_infeasible_with_eps_is_explained():
+    q = bound_of_one(2, 0.15) / 2  # mass left on the chosen one of two
+    assert q * math.log(2 * q) + (1 - q) * math.log(2 - 2 * q) == pytest.approx(0.15)
+    assert bound_of_one(13, 0.15) == 0  # a mass of 1/13 is less than the ball can move
+    problem = replace(HALF, eps=0.15)
+    with (
+        pytest.raises(
+            ValueError, match=r"'b' must reach 0.6.*or eps: .*one of 2 responses.*0.47.* eps = 0.0\d+ at most"
+        ),
+        infeasibility_explained(problem, {"b": 0.6}),
+    ):
+        problem.solve({"b": 0.6})
+    explained = r"'b' must reach 0.6.*or eps: .*one of 2 responses.*0.47.* eps = 0.0\d+ at most"
+    with pytest.raises(ValueError, match=explained), infeasibility_explained(problem, {"b": 0.6}):
+        problem.solve({"b": 0.6})
+    duller = replace(problem, win_rate=0.9 * HALF.win_rate)  # b reaches 0.9 at most, with eps or without
+    with pytest.raises(ValueError, match=r"lower one of them$"), infeasibility_explained(duller, {"b": 0.95}):
+        duller.solve({"b": 0.95})
+
+
+def test_a_threshold_that_raises_the_primary_is_no_cost(capsys):
+    """b ranks as a does, at half the difference: a threshold on it makes the target sharper."""
+    found = analyse(pairs([(0.6, 0.55)] * 8), {"b": 0.548}, points=3)
+    a, b = found["objectives"]
+    # w = 0.98 instead of sigmoid(2.5) = 0.924 on the response that both prefer
+    assert b["cost"] == pytest.approx(0.2 * (0.92414 - 0.98), abs=1e-5)
+    assert a["win_rate"] > a["free_win_rate"]
+    assert found["kl"] > found["sweeps"][0]["kl"][0]
+    print_report(found, Console(width=80))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "gain" in printed.split("Price list")[0]
+    assert "-0.0" not in printed
+    assert "Some thresholds raise a too" in printed
 
 
 def test_the_figure_marks_the_chosen_thresholds(summeval):

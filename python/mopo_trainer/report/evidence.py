@@ -1,0 +1,45 @@
+"""How far labels can be trusted before any training: whether objectives conflict, how sure a target's win rates are.
+
+The target's win rate on prompt x is Σ_i w_i v_ik over the prompt's responses, and G_k is its mean over the prompts that
+objective k labels. Its interval is a bootstrap over prompts: what the same multipliers would give on other prompts of
+the kind. Labels that are single draws bend it further: a target that picks the best of few noisy labels picks luck too,
+which no resampling of prompts shows.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mopo_kernels import mopo_weights
+from mopo_trainer.report.evaluate import Interval, bootstrap_interval
+
+MAX_DRAWS = 50_000_000  # resamples × prompts: a second or so
+
+
+def rank_correlations(win_rate: Tensor) -> list[list[float | None]]:  # [M, K] -> [K][K]
+    """Spearman's rank correlations over the responses that both objectives label; None where one is constant there."""
+    table = pd.DataFrame(win_rate.numpy()).corr("spearman")
+    return table.astype(object).where(table.notna(), None).to_numpy().tolist()
+
+
+def prompt_win_rates(
+    win_rate: Tensor,  # [M, K], NaN = unlabelled
+    group: Tensor,  # [M]
+    multipliers: Tensor,  # [K]
+    tau: float,
+) -> Tensor:  # [G, K]
+    """The target's win rates on every prompt, NaN where it is unlabelled; their means over prompts are the G_k."""
+    weights = mopo_weights(win_rate, group, multipliers, tau=tau)
+    slot = group.unique(return_inverse=True)[1]
+    sums = win_rate.new_zeros(int(slot.max()) + 1, win_rate.shape[1])
+    labelled = sums.index_add(0, slot, (~win_rate.isnan()).double()) > 0
+    rates = sums.index_add(0, slot, weights[:, None] * win_rate.nan_to_num(nan=0.5))  # ½: as the target counts them
+    return rates.where(labelled, torch.nan)
+
+
+def intervals_over_prompts(rates: Tensor) -> list[Interval]:  # [G, K] -> [K]
+    """95% intervals of the means over prompts, NaN left out."""
+    resamples = max(200, min(2000, MAX_DRAWS // len(rates)))
+    return [bootstrap_interval(column, resamples=resamples) for column in rates.T.numpy()]
