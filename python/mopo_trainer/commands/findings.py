@@ -45,7 +45,8 @@ def _conflict(found: Found) -> Iterator[str]:
             effects.append(f"{verb} {row['objective']} ({_rate(row['free_win_rate'], row['free_interval'])}{ranks})")
     if raised:
         known = sorted(x for name in raised if (x := correlations[name]) is not None)
-        ranks = f" (rank correlation {known[0]:+.2f} to {known[-1]:+.2f})" if known else ""
+        spread = " to ".join(dict.fromkeys(f"{x:+.2f}" for x in (known[:1] + known[-1:])))
+        ranks = f" (rank correlation {spread})" if known else ""
         effects.append(f"raises {_names(raised) if effects else 'every other objective'}{ranks}")
     if effects:
         yield f"{found['primary']} alone {', '.join(effects)}."

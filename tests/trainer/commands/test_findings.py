@@ -27,7 +27,7 @@ def said(*secondaries, correlations=None, **changes):
 def test_what_the_primary_does_to_the_others():
     assert said(row("b", 0.3), row("c", 0.51), row("d", 0.7), correlations=[-0.6, None, 0.4])["conflict"] == (
         "a alone lowers b (0.300 [.28, .32], rank correlation -0.60), does not move c (0.510 [.49, .53]), "
-        "raises d (rank correlation +0.40 to +0.40)."
+        "raises d (rank correlation +0.40)."
     )
 
 
