@@ -1,0 +1,169 @@
+"""The laboratory of bench/studies/lab: its scorers, its statistics, and the whole way at a tiny size."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.studies.lab import contestants, data, language, measure, model, study
+from bench.studies.lab.contestants import Method
+from bench.studies.lab.data import Condition
+from bench.studies.lab.study import CONTESTANTS, Run
+
+PROMPT = "tell mia bread lamp :"
+
+
+def note(text):
+    return [*language.encode(text), language.END]
+
+
+def scored(*texts):
+    asked = torch.tensor([language.encode(PROMPT)])
+    return language.scores(asked, model.pad([note(text) for text in texts])[None])[0].tolist()
+
+
+def test_scores_count_words():
+    assert scored(
+        "thank you mia . what a lovely bread .", "the lamp is late .", "the boat is new . bread comes today ."
+    ) == [
+        [2.0, -9.0, 1.0],
+        [-1.0, -5.0, 1.0],
+        [0.0, -9.0, 0.0],
+    ]
+
+
+def test_well_formed_notes_are_rows_of_sentences_that_end():
+    assert language.well_formed(note("dear mia , the lamp is new ."))
+    assert not language.well_formed(note("dear mia , the lamp is ."))
+    assert not language.well_formed(note("dear mia"))
+    assert not language.well_formed(language.encode("dear mia ,"))
+
+
+def test_every_note_of_the_corpus_is_well_formed_and_fits():
+    asked = language.prompts(0, 100, "train")
+    for row in language.corpus(asked, seed=0, ornate=0.5):
+        assert language.well_formed(row[language.PROMPT_LENGTH :])
+        assert len(row) <= language.PROMPT_LENGTH + language.MAX_LENGTH
+
+
+def test_parts_share_no_pair_of_things():
+    parts = [{tuple(x) for x in language.prompts(0, 300, part)[:, 2:4].tolist()} for part in ("train", "tune", "test")]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
+def test_labels_are_the_share_of_the_group_that_is_beaten():
+    values = torch.tensor([[[3.0], [1.0], [1.0]]])
+    assert data.win_rates(values, accuracy=1.0, seed=0).flatten().tolist() == [1.0, 0.25, 0.25]
+    assert data.win_rates(values, accuracy=0.0, seed=0).flatten().tolist() == [0.0, 0.75, 0.75]
+
+
+def test_the_grid_of_words_changes_no_log_probability():
+    torch.manual_seed(0)
+    tiny = model.TinyLM()
+    rows = language.corpus(language.prompts(0, 6, "train"), 0, 0.5)
+    ids, target = model.next_tokens(model.pad(rows))
+    together = model.log_probs(tiny, ids, target)
+    alone = [model.log_probs(tiny, *model.next_tokens(model.pad([row]))) for row in rows]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_sampled_notes_have_the_probabilities_of_the_model():
+    """The cache and the rows that leave change nothing: the first two words appear as often as log_probs says."""
+    torch.manual_seed(0)
+    tiny = model.TinyLM()
+    with torch.no_grad():
+        tiny.norm.weight *= 6  # far from uniform
+    asked = torch.tensor([language.encode(PROMPT)])
+    notes = model.sample(tiny, asked, 1000, seed=1)[0]
+    pairs, counts = notes[:, :2].unique(dim=0, return_counts=True)
+    pair, share = pairs[counts.argmax()], counts.max() / 1000
+    logp = model.log_probs(tiny, *model.sequences(asked, pair[None, None]))
+    assert share == pytest.approx(float(logp.exp()), abs=4 * float(share / 1000) ** 0.5)
+
+
+def test_kl_of_the_base_to_itself_is_zero_and_it_wins_half():
+    found = measure.measure(data.writer("base", 2)[0], ["base"], "tune", seed=0, count=40, steps=2)
+    assert found["kl"] == 0
+    assert found["forgotten"] == 0
+    for wins in found["half_wins_base"].values():
+        assert np.mean(wins) / (2 * measure.SAMPLES * measure.OPPONENTS) == pytest.approx(0.5, abs=0.1)
+
+
+def test_wins_count_ties_half():
+    ours, theirs = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[1.0], [0.0]]])
+    assert measure.wins(ours, theirs).tolist() == [[0.875]]
+
+
+def test_the_interval_sees_seeds_and_prompts():
+    rng = np.random.default_rng(0)
+    for one in (rng.normal(size=(5, 1)), rng.normal(size=(1, 400))):
+        mean, low, high = measure.bootstrap(np.broadcast_to(one, (5, 400)))
+        assert low < mean < high
+        assert high - low == pytest.approx(3.92 * one.std() / one.size**0.5, rel=0.1)
+
+
+def test_fresh_win_rate_by_enumeration():
+    """Of n + 1 notes in random order one is fresh: each rank in the others' group is as likely."""
+    for size in (2, 4, 8):
+        fresh = np.random.default_rng(0).random((40_000, size + 1))
+        group, other = fresh[:, :size], fresh[:, size:]
+        v = (group[:, :1] > group[:, 1:]).mean(1)
+        chosen = v == 1
+        assert (group[chosen, :1] > other[chosen]).mean() == pytest.approx(data.fresh_win_rate(1.0, size), abs=0.01)
+    assert data.asked_for(data.fresh_win_rate(0.7, 4), 4) == pytest.approx(0.7)
+
+
+def test_equal_thresholds_are_interpolated_never_extrapolated():
+    front = {0.4: 0.8, 0.6: 0.6, 0.7: 0.5}
+    assert measure.at_equal_threshold(front, 0.5) == pytest.approx(0.7)
+    assert measure.at_equal_threshold(front, 0.75) is None
+
+
+def test_hand_set_weights_and_the_dual_reach_the_pair_losses():
+    batch = data.labelled(Condition(groups=8), 0, 2)
+    multipliers = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+    v = batch.win_rate.view(8, 2, 3)
+    expected = sum(c * (2 * v[:, 0, k] - 1) for k, c in enumerate((1, 0.5, 0.25)))
+    torch.testing.assert_close(contestants.margin(batch, multipliers), expected)
+    log_ratio = torch.zeros(8, dtype=torch.float64)
+    for step in contestants.PAIR_LOSSES:
+        method = Method(step, 1e-3)
+        assert contestants.PAIR_LOSSES[step](log_ratio, batch, method, multipliers).isfinite()
+
+
+def test_modpo_without_secondaries_is_dpo():
+    batch = data.labelled(Condition(groups=8), 0, 2)
+    log_ratio, alone = torch.linspace(-3, 3, 8, dtype=torch.float64), torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    method = Method("dpo", 1e-3, scale="weights")
+    torch.testing.assert_close(
+        contestants.modpo(log_ratio, batch, method, alone), contestants.dpo(log_ratio, batch, method, alone)
+    )
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path_factory.getbasetemp() / "lab")
+
+
+def test_the_whole_way_at_a_tiny_size(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    small = {"condition": Condition(groups=64), "budget": 900, "held_out": 6, "pretraining": 2}
+    names = [
+        "clone, sgd dual",
+        "clone, shrunk labels",
+        "contrast + 1 clone",
+        "regress per token",
+        "MODPO",
+        "rewarded soup",
+    ]
+    runs = [Run("smoke", name, Method(lr=1e-3, aim=0.6, **CONTESTANTS[name]), **small) for name in names]
+    runs.append(replace(runs[0], condition=Condition("other", 4, 64, 0.7)))
+    study.execute(runs, path, until=time.time() + 600)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["contestant"] for row in rows] == [run.contestant for run in runs]
+    assert all(row["tokens"] >= 900 and row["steps"] > 0 for row in rows)
+    study.execute(runs, path, until=time.time() + 600)
+    assert len(path.read_text().splitlines()) == len(rows), "what is known is not run again"
