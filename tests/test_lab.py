@@ -12,6 +12,7 @@ from bench.studies.lab import contestants, data, language, measure, model, study
 from bench.studies.lab.contestants import Method
 from bench.studies.lab.data import Condition
 from bench.studies.lab.study import CONTESTANTS, Run
+from mopo_kernels import MOPODual
 
 PROMPT = "tell mia bread lamp :"
 
@@ -146,6 +147,17 @@ def test_modpo_without_secondaries_is_dpo():
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path_factory.getbasetemp() / "lab")
+    monkeypatch.setattr(contestants, "PRETRAINING_STEPS", 2)
+
+
+def test_a_measured_threshold_moves_by_what_is_missing(monkeypatch):
+    """Asked 0.6 and found at 0.5 three times, the labels are asked 0.9 in the end."""
+    asked = []
+    monkeypatch.setattr(contestants, "brevity_of", lambda model, seed: 0.5)
+    monkeypatch.setattr(MOPODual, "refresh", lambda dual, *labels: asked.append(round(float(dual.thresholds[0]), 3)))
+    method = Method("contrast", 1e-3, aim=0.6, measured=True)
+    contestants.train(data.writer("base", 2)[0], data.labelled(Condition(groups=64), 0, 2), method, 8000, seed=0)
+    assert asked == [0.6, 0.7, 0.8, 0.9]
 
 
 def test_the_whole_way_at_a_tiny_size(tmp_path):

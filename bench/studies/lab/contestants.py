@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bench.studies.lab.data import Labelled, fresh_win_rate
-from bench.studies.lab.language import OBJECTIVES
-from bench.studies.lab.model import TinyLM
+from bench.studies.lab.data import PRETRAINING_STEPS, Labelled, fresh_win_rate
+from bench.studies.lab.language import OBJECTIVES, scores
+from bench.studies.lab.measure import opponents, wins
+from bench.studies.lab.model import TinyLM, sample
 from mopo_kernels import MOPODual, label_statistics, mopo_objective, policy_loss, sequence_logprob
 
 PRIMARY = OBJECTIVES[0]
+BREVITY = 0.6  # what the policy shall hold
 RELEVANCE = 0.5  # its threshold in every run
 RELEVANCE_PRICE = 0.14  # weight of relevance where weights are set by hand: its multiplier on the population
 LAG_CLIP = 10.0  # as in MOPOConfig
@@ -39,6 +41,7 @@ class Method:
     average: bool = False  # log-probabilities per token
     min_weight: float = 1e-5
     importance: bool = False  # weights relative to the base, not to who wrote the notes
+    measured: bool = False  # the threshold asked is moved by the policy's own notes on the tuning prompts, three times
     shrink: bool = False  # labels as what they are against fresh notes: ((n - 1) v + 1) / (n + 1)
 
 
@@ -74,6 +77,9 @@ def train(base: TinyLM, data: Labelled, method: Method, budget: int, seed: int) 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if method.measured and int(4 * (used + tokens) / budget) > int(4 * done) and used + tokens < budget:
+            dual.thresholds[0] += BREVITY - brevity_of(model, seed + steps)
+            dual.refresh(data.win_rate, data.group)
         used, steps = used + tokens, steps + 1
     return Trained(model.eval(), dual.multipliers.tolist(), used, steps, time.process_time() - start)
 
@@ -93,6 +99,13 @@ def dual_of(method: Method, data: Labelled) -> MOPODual:
     if by_hand:
         dual.multipliers[1:] = torch.tensor([method.aim or 0.0, 0.0 if method.aim is None else RELEVANCE_PRICE])
     return dual
+
+
+@torch.no_grad()
+def brevity_of(model: TinyLM, seed: int) -> float:
+    """Win rate in brevity against the base, on sixty tuning prompts."""
+    asked, theirs = opponents("base", "tune", 60, PRETRAINING_STEPS)
+    return float(wins(scores(asked, sample(model, asked, 4, seed)), theirs)[:, 1].mean())
 
 
 def _lag(method: Method, data: Labelled) -> Tensor | None:

@@ -19,10 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from bench.studies.lab.contestants import BREVITY
 from bench.studies.lab.data import Condition
 from bench.studies.lab.language import OBJECTIVES
 from bench.studies.lab.measure import OPPONENTS, SAMPLES, at_equal_threshold, bootstrap
-from bench.studies.lab.study import BREVITY, CONDITIONS, CONTESTANTS, RATES, best_rates, known, lagrangian
+from bench.studies.lab.study import CONDITIONS, CONTESTANTS, RATES, best_rates, known, lagrangian
 from mopo_trainer.files import atomic_path
 
 Row = dict[str, Any]
@@ -171,13 +172,13 @@ def fronts(rows: list[Row]) -> dict[str, dict[Any, list[Row]]]:
     """Contestant → dial → runs, of those whose dial was turned."""
     used = grouped((r for r in rows if r["part"] in ("main", "sweep")), lambda r: r["contestant"])
     turned = {name: grouped(some, lambda r: r["method"]["aim"]) for name, some in used.items()}
-    return {name: turned[name] for name in CONTESTANTS if name in turned and len(turned[name]) > 2}
+    return {name: turned[name] for name in CONTESTANTS if name in turned and len(turned[name]) > 1}
 
 
 def complete(front: dict[Any, list[Row]]) -> dict[Any, list[Row]]:
-    """The points of a front with the seeds that all of them have."""
-    common = set.intersection(*({row["seed"] for row in some} for some in front.values()))
-    return {aim: [row for row in some if row["seed"] in common] for aim, some in front.items()}
+    """The points of a front that have the most seeds."""
+    most = max(len(some) for some in front.values())
+    return {aim: some for aim, some in front.items() if len(some) == most}
 
 
 def warmth_at_threshold(front: dict[Any, list[Row]], name: str = "warmth") -> tuple[NDArray[np.float64], float]:
@@ -276,7 +277,13 @@ def settings_table(rows: list[Row], truth: Row) -> str:
     return f"{title}\n\n{table(f'contestant | τ | min_weight | steps | {HEAD}', lines)}"
 
 
-SECTIONS = (conflict, groups, screening, main_table, equal_threshold, condition_table, settings_table)
+def longer_table(rows: list[Row], truth: Row) -> str:
+    found = grouped((r for r in rows if r["part"] == "longer"), lambda r: (r["contestant"], r["method"]["aim"]))
+    lines = [f"{name} | {aim} | {cells(some)}" for (name, aim), some in in_order(found)]
+    return f"**Three times as long**: 90,000 tokens.\n\n{table(f'contestant | asked | {HEAD}', lines)}"
+
+
+SECTIONS = (conflict, groups, screening, main_table, equal_threshold, longer_table, condition_table, settings_table)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 
-from bench.studies.lab.contestants import RELEVANCE_PRICE, Method, train
+from bench.studies.lab.contestants import BREVITY, RELEVANCE_PRICE, Method, train
 from bench.studies.lab.data import PRETRAINING_STEPS, Condition, asked_for, labelled, writer
 from bench.studies.lab.measure import OPPONENTS, PROMPTS, SAMPLES, measure
 from mopo_kernels import InfeasibleThresholds
 
-BREVITY = 0.6  # what the policy shall hold
 ASKED = round(asked_for(BREVITY, 2), 3)  # what pairs must be asked for it: 0.8
 BREVITY_PRICE = 0.56  # of the population at this threshold (truth.json), for choosing learning rates
 RATES = (5e-4, 1.5e-3, 1.5e-4)
@@ -48,29 +47,34 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "clone, shrunk labels": {"step": "clone", "shrink": True},  # asked for what is wanted
     "contrast, shrunk labels": {"step": "contrast", "shrink": True},
     "regress, shrunk labels": {"step": "regress", "shrink": True},
+    "clone, measured": {"step": "clone", "measured": True},
+    "contrast, measured": {"step": "contrast", "measured": True},
+    "regress, measured": {"step": "regress", "measured": True},
     "clone, importance": {"step": "clone", "importance": True},  # where another model wrote
 }
 RATE_OF = {name: name.split(",")[0] for name in CONTESTANTS if name.startswith(("clone,", "contrast,", "regress,"))}
 SCREENED = [name for name in CONTESTANTS if name not in RATE_OF]
 STEPS = ["clone", "contrast", "regress"]
 LEADING = [*STEPS, "contrast + 1 clone", "DPO, dual once"]
-SWEPT = [*STEPS, "contrast + 1 clone", "DPO, weights"]
-REST = [
-    "contrast + 0.2 clone",
-    "regress + 1 clone",
-    "MODPO",
-    "rewarded soup",
-    "clone, sgd dual",
-    "clone, barrier dual",
-    "clone, importance",  # where another model wrote: under `conditions`
-]
+DIALS = {  # beside those of the main condition
+    "clone": (0.7, 0.9),
+    "contrast": (0.7, 0.9),
+    "regress": (0.5, 0.7, 0.9),
+    "contrast + 1 clone": (0.7, 0.9),
+    "DPO, dual once": (0.7,),
+    "DPO, weights": (0.3, 1.0),
+    "IPO, weights": (0.8, 1.0),
+    "MODPO": (1.0, 2.0),
+    "rewarded soup": (0.56, 1.0, 2.0),
+}
+REST = ["contrast + 0.2 clone", "regress + 1 clone", "MODPO", "clone, sgd dual", "clone, barrier dual"]
+ELSEWHERE = [*REST, "rewarded soup", "clone, importance", *(f"{name}, measured" for name in STEPS)]  # not under `main`
 OWN_PAIRS = Condition()
 CONDITIONS = {
     "another model": Condition(writer="other"),
     "noisy": Condition(accuracy=0.7),
     "groups of 4": Condition(size=4, groups=500),
     "few": Condition(groups=150),
-    "sharper": Condition(writer="sharp"),
 }
 
 
@@ -160,28 +164,35 @@ def main_condition(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """Everyone at the aim that should hold brevity, and the leading ones asked for what is wanted, as labels stand."""
     rates = best_rates(rows)
     for seed in SEEDS:
-        for name in (x for x in CONTESTANTS if x not in REST):
+        for name in (x for x in CONTESTANTS if x not in ELSEWHERE):
             yield Run("main", name, at_the_aim(name, rates), seed=seed)
         for name in LEADING:
             yield Run("main", name, tuned(name, rates, aim=BREVITY), seed=seed)
+
+
+def sweep(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """The front: the dial of each over its range."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name, aims in DIALS.items():
+            for aim in aims:
+                yield Run("sweep", name, tuned(name, rates, aim=aim), seed=seed)
+
+
+def measured(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """The threshold moved by what the policy writes on the tuning prompts, from what is wanted."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name in STEPS:
+            yield Run("main", f"{name}, measured", tuned(f"{name}, measured", rates, aim=BREVITY), seed=seed)
 
 
 def rest(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """What is of less importance under the main condition."""
     rates = best_rates(rows)
     for seed in SEEDS:
-        for name in REST[:-1]:
+        for name in REST:
             yield Run("main", name, at_the_aim(name, rates), seed=seed)
-
-
-def sweep(rows: list[dict[str, Any]]) -> Iterator[Run]:
-    """The front: the dial of each over its range; its far ends with two seeds."""
-    rates = best_rates(rows)
-    for dual, by_hand, seeds in (((0.7, 0.9), (0.3, 1.0), SEEDS), ((0.5, None), (0.0, 2.0), SEEDS[:2])):
-        for seed in seeds:
-            for name in SWEPT:
-                for aim in by_hand if CONTESTANTS[name].get("scale") == "weights" else dual:
-                    yield Run("sweep", name, tuned(name, rates, aim=aim), seed=seed)
 
 
 def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -189,8 +200,7 @@ def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
     rates = best_rates(rows)
     for seed in SEEDS:
         for title, condition in CONDITIONS.items():
-            more = {"another model": ["DPO, dual once", "clone, importance"], "noisy": ["DPO, dual once"]}
-            for name in [*STEPS, *more.get(title, [])]:
+            for name in [*STEPS, *(["DPO, dual once", "clone, importance"] if title == "another model" else [])]:
                 asked = round(asked_for(BREVITY, condition.size), 4)
                 yield Run("conditions", name, tuned(name, rates, aim=asked), condition, seed)
 
@@ -225,13 +235,24 @@ def best_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: rate for name, (_, rate) in best.items()}
 
 
+def longer(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """Three times as many tokens: what the steps tend to."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name in STEPS:
+            for aim in (BREVITY, ASKED):
+                yield Run("longer", name, tuned(name, rates, aim=aim), seed=seed, budget=90_000)
+
+
 PARTS: dict[str, Callable[[list[dict[str, Any]]], Iterator[Run]]] = {
     "screen": screen,
     "main": main_condition,
     "conditions": conditions,
     "sweep": sweep,
+    "measured": measured,
     "settings": settings,
     "rest": rest,
+    "longer": longer,
 }
 
 

@@ -17,11 +17,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from bench.studies.lab.contestants import RELEVANCE
+from bench.studies.lab.contestants import BREVITY, RELEVANCE
 from bench.studies.lab.data import asked_for, fresh_win_rate, win_rates, writer
 from bench.studies.lab.language import OBJECTIVES, prompts, scores
 from bench.studies.lab.model import sample
-from bench.studies.lab.study import BREVITY
 from mopo_kernels import mopo_weights, solve_dual
 from mopo_trainer.files import write_json
 
