@@ -5,6 +5,7 @@ variant.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -88,7 +89,7 @@ class MOPODual(nn.Module):
         chi_min: float = 1e-3,
         multiplier_lr: float = 0.02,  # eta_lambda; barrier: weight of the newest estimate
         sigma: float = 0.01,  # strength of the barrier: a binding threshold keeps a slack of about sigma / lambda
-        delta: float = 0.02,  # slack below which the barrier is linear
+        delta: float = 0.02,  # slack below which the barrier is linear; a lambda above 2 sigma / delta has none left
         max_multiplier: float = MAX_MULTIPLIER,
     ) -> None:
         super().__init__()
@@ -152,7 +153,8 @@ class MOPODual(nn.Module):
         `ratchet=True` first sets every threshold to b = max(floor, beta G), G being what the policy of one lag ago, the
         new reference, attains on the data (rho = 1). Estimates and chi are those of the data set, under every rule.
 
-        Raises InfeasibleThresholds, with the objective's name, where no policy can meet the thresholds.
+        Raises InfeasibleThresholds, with the objective's name, where no policy can meet the thresholds. Warns where the
+        barrier is too weak to.
         """
         self._check_columns(win_rate)
         labels = group_labels(*self._moved(win_rate, group, lag_log_ratio))
@@ -178,6 +180,8 @@ class MOPODual(nn.Module):
             ) from None
         if self.rule == "exact":
             self.multipliers.copy_(solution.multipliers)
+        if self.rule == "barrier":
+            self._warn_of_a_weak_barrier(solution.multipliers)
         win_rates = policy_moments(labels, self.multipliers, self.tau).win_rates
         self._record(win_rates, *policy_bounds(labels, self.multipliers, self.tau, float(self.eps)))
 
@@ -248,6 +252,19 @@ class MOPODual(nn.Module):
         )
         name = self.objectives[largest]
         raise InfeasibleThresholds(name, float(self.thresholds[self.secondaries.index(name)]), float(best[largest]))
+
+    def _warn_of_a_weak_barrier(self, needed: Tensor) -> None:
+        """The barrier gives 2 sigma / delta at a slack of 0: a threshold whose price is higher ends up violated."""
+        strongest = 2 * self.sigma / self.delta
+        for index in self._secondary_index:
+            if needed[index] > strongest:
+                warnings.warn(
+                    f"the threshold of {self.objectives[index]!r} needs a multiplier of {float(needed[index]):.3g} and "
+                    f"will be missed: there the barrier gives 2 sigma / delta = {strongest:.3g}; raise sigma or lower "
+                    "delta",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     @property
     def _primary_index(self) -> int:

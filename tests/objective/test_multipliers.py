@@ -139,6 +139,21 @@ def test_barrier_settles_at_the_barriers_optimum_near_the_exact_multipliers():
     torch.testing.assert_close(module.multipliers, expected, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize(("sigma", "weak"), [(0.01, True), (0.05, False)])
+def test_a_threshold_dearer_than_the_barrier_is_missed_and_warned_of(sigma, weak, recwarn):
+    labels = data()
+    bounds = dict(zip(NAMES[1:], between(labels, 0.75).tolist(), strict=True))
+    needed = solve(labels, list(bounds.values())).multipliers[1:]
+    assert 1 < needed.max() < 5
+    module = dual(bounds, update="barrier", sigma=sigma)
+    module.refresh(labels[0], labels[1])
+    missed = [name for name, price in zip(NAMES[1:], needed, strict=True) if weak and price > 1]
+    assert [str(w.message).split("'")[1] for w in recwarn] == missed
+    for _ in range(400):
+        module.update(labels[0], labels[1])
+    assert bool((module.slack < 0).any()) == weak
+
+
 @pytest.mark.parametrize("update", ["sgd", "barrier"])
 def test_default_rates_hold_the_thresholds_on_noisy_batches(update):
     """Eight hard pairs at a time, as the paper trains: the multipliers settle, and where they do, thresholds hold."""

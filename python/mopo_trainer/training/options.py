@@ -54,7 +54,12 @@ class MOPOOptions:
     )
     chi_lr: float = field(default=0.1, metadata={"help": "sgd: step size of the robust bound's variable."})
     barrier_sigma: float = field(default=0.01, metadata={"help": "barrier: strength, multiplier = sigma / slack."})
-    barrier_delta: float = field(default=0.02, metadata={"help": "barrier: slack below which it is extended."})
+    barrier_delta: float = field(
+        default=0.02,
+        metadata={
+            "help": "barrier: slack below which it is extended; beyond a multiplier of 2σ/δ a threshold is missed."
+        },
+    )
     min_weight: float = field(
         default=1e-5, metadata={"help": "clone: responses of this weight or less never enter the model."}
     )
