@@ -554,7 +554,7 @@ def plot_sampled(rows: list[Row]) -> Figure:
         *METHODS[6:7],
         *METHODS[8:],
     )
-    figure = new_figure(12.0, 3.8)
+    figure = new_figure(12.0, 4.0)
     for axes, problem in zip(figure.subplots(1, len(problems)), problems, strict=True):
         for index, method in enumerate(shown):
             cells = chosen(rows, problem=problem, method=method)
@@ -581,7 +581,7 @@ def finish(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
 
 def with_legend(figure: Figure) -> Figure:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return figure
 
 
