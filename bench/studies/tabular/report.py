@@ -65,7 +65,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return f"{round(100 * value, 1) + 0.0:.1f}"  # no -0.0
 
 
 def interval(values: Sequence[float]) -> str:
@@ -129,7 +129,7 @@ def agreement(rows: Row) -> str:
 Over {len(found)} problems × 3 thresholds the exact solver and SLSQP differ by at most {worst["policy"]:.0e} in a
 probability, {worst["win_rate"]:.0e} in a win rate and {worst["value"]:.0e} in the value v_p − τ KL. Multipliers of
 `exact`, and of the other two rules after {updates} full-batch updates at their default rates. Slack: the worst
-secondary's win rate above its threshold. Worth: value that `barrier` gives away.
+secondary's win rate above its threshold. Worth: value that `barrier` gives away (negative where it violates).
 
 {table(["problem", "λ exact", "λ sgd", "slack", "λ barrier", "slack", "worth"], map(line, found))}
 
@@ -440,7 +440,12 @@ def lag(rows: Row) -> str:
         ]  # fmt: skip
 
     kinds = dict.fromkeys(tuple(row[key] for key in keys) for row in found)
-    steps = found[0]["steps"]
+    steps, exact = found[0]["steps"], chosen(found, step="clone", rule="exact")
+
+    def at(key: str, **wanted: Any) -> float:
+        return float(np.mean([row[key] for row in chosen(exact, **wanted)]))
+
+    tight, loose, never = {"beta": 0.999, "lag": 5}, {"beta": 0.9, "lag": 5}, {"lag": None}
     return f"""### The paper's ablation: β and t0
 
 "opposed", asked {percent(found[0]["asked"])}; {
@@ -456,7 +461,18 @@ end; "refused" counts runs that ended because no policy could meet a ratcheted t
         )
     }
 
-LAG"""
+A lag makes tilts of tilts: KL is {at("kl", **never):.2f} without one and {
+        at("kl", **loose):.2f} at t0 = 5, β = 0.9, and a
+shorter t0 hardly changes it. β decides whose threshold holds: at 0.9 and 0.95 the one asked for stays in force, at 0.99
+and beyond the ratchet keeps what the policy had when it set out, which on a conflict is half of all comparisons:
+{percent(at("threshold", **tight))} at β = 0.999 for {
+        percent(found[0]["asked"])
+    } asked, at the primary's cost, and seeds
+disagree by how far they had come at the first refresh.
+
+**For your settings:** leave `lag_steps` unset: a smaller τ is the plain way to go farther from the reference. With a
+lag, the default `ratchet_beta` 0.9995 replaces your thresholds by the starting policy's win rates wherever those are
+higher: take 0.9 where your thresholds lie below ½."""
 
 
 def radius(rows: Row) -> str:
