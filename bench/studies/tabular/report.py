@@ -42,18 +42,21 @@ def write(results: Row, output: Path, page: Path | None) -> None:
     save_figure(plot_fronts(rows["fronts"]), output / "fronts.png")
     save_figure(plot_steps(rows["groups"]), output / "steps.png")
     save_figure(plot_sampled(rows["sampled"]), output / "sampled.png")
-    section = "\n\n".join([heading(results), *(part(rows) for part in PARTS)])
     if page is not None:
-        insert(page, section)
+        insert(page, section(results))
 
 
-def insert(page: Path, section: str) -> None:
+def section(results: Row) -> str:
+    return "\n\n".join([heading(results), *(part(results["rows"]) for part in PARTS)])
+
+
+def insert(page: Path, words: str) -> None:
     text = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
     before, found, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] if found else "\n"
     separator = "" if found else "\n"
     with atomic_path(page) as temporary:
-        temporary.write_text(f"{before}{separator}{BEGIN}\n\n{section}\n\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{separator}{BEGIN}\n\n{words}\n\n{END}{after}", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -527,8 +530,9 @@ PARTS: tuple[Callable[[Row], str], ...] = (
 def plot_fronts(rows: list[Row]) -> Figure:
     """Truth, MOPO and weights, one panel per problem of two objectives."""
     shown = [row for row in rows if row["points"]]
-    figure = new_figure(12.0, 3.6 * -(-len(shown) // 4))
-    for axes, row in zip(figure.subplots(-(-len(shown) // 4), 4).flat, shown, strict=False):
+    figure = new_figure(12.0, 7.2)
+    panels = figure.subplots(2, 4).ravel()
+    for axes, row in zip(panels, shown, strict=False):
         responses = np.array(row["responses"])
         axes.plot(*responses.T, "x", color="0.6", label="single response")
         axes.plot(*np.array(sorted(row["points"]["truth"])).T, "-", color="0.3", linewidth=1, label="truth")
@@ -536,6 +540,8 @@ def plot_fronts(rows: list[Row]) -> Figure:
             points = np.array(row["points"][method])
             axes.plot(*points.T, MARKERS[index], color=color(index), markersize=4, alpha=0.8, label=method)
         finish(axes, row["problem"], "primary", "secondary")
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
     return with_legend(figure)
 
 

@@ -29,7 +29,7 @@ from mopo_kernels import InfeasibleThresholds, solve_tabular
 from mopo_kernels.objective.dual import attainable_range, auto_eps
 from mopo_kernels.objective.steps import STEPS
 from mopo_trainer.commands.pareto import TabularProblem, front
-from mopo_trainer.files import write_json
+from mopo_trainer.files import atomic_path
 
 Row = dict[str, Any]
 PAIRS_OF_OBJECTIVES = [name for name, problem in PROBLEMS.items() if len(problem.preference) == 2]
@@ -447,10 +447,22 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() and options.questions else {}
     for question in options.questions or QUESTIONS:
         results |= ask(question, size, results)
-        write_json(path, results)
+        write_rows(path, results)
         print(f"{question}: {results['cpu_seconds'][question]} s", flush=True)
     if set(results["rows"]) == set(QUESTIONS):
         report.write(results, options.output, None if options.small else report.PAGE)
+
+
+def write_rows(path: Path, results: dict[str, Any]) -> None:
+    """JSON with a row a line."""
+    head = {key: value for key, value in results.items() if key != "rows"}
+    answers = []
+    for question, rows in results["rows"].items():
+        lines = ",\n".join(map(json.dumps, rows))
+        answers.append(f"{json.dumps(question)}: [\n{lines}\n]")
+    joined = ",\n".join(answers)
+    with atomic_path(path) as temporary:
+        temporary.write_text(f'{json.dumps(head)[:-1]}, "rows": {{\n{joined}\n}}}}\n', encoding="utf-8")
 
 
 def ask(question: str, size: Size, known: dict[str, Any]) -> dict[str, Any]:
