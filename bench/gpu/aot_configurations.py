@@ -20,6 +20,7 @@ from mopo_kernels.backends.triton.cut_backward import launch
 from mopo_kernels.backends.triton.cut_forward import cut_statistics
 from mopo_kernels.backends.triton.cut_tile import KERNELS, TABLE, Blocks, CutInputs, candidates
 from mopo_kernels.backends.triton.fold import fold_gradient, fold_statistics
+from mopo_kernels.backends.triton.scale import scale_in_place
 
 TYPES = {
     torch.bool: "i1",
@@ -90,6 +91,10 @@ def of_fold() -> list[Configuration]:
                 fold_statistics(tile, Statistics(per_row, per_row, per_row))
                 for out in (logits, torch.empty(rows, columns + 1, dtype=dtype)[:, :-1]):
                     fold_gradient(tile, per_row, per_row, out)
+        for dtype in dtypes:
+            scale_in_place(
+                torch.empty(2**20, dtype=dtype), torch.empty((), dtype=torch.promote_types(dtype, torch.float32))
+            )
     return found
 
 

@@ -39,14 +39,19 @@ class Engine(Protocol):
 
 
 def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None) -> str:
-    """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them."""
+    """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them.
+
+    Rates are not asked under torch.compile: a choice by sizes would compile anew for each of them.
+    """
     weight = inputs.weight
     choice = backends.choose("linear_logprob", weight.device.type, asked, weight.dtype)
-    rates = rates_of(weight.device, weight.dtype)
-    if rates is None or choice.requested or choice.backend == "reference" or cut.UNAVAILABLE:
+    if choice.requested or choice.backend == "reference" or cut.UNAVAILABLE or torch.compiler.is_compiling():
         return choice.backend
-    rows = slice(0, inputs.hidden.shape[:-1].numel())
-    by_tiles, by_cut = seconds(HeadSizes.of(inputs, rows), plan_for(inputs, rows, call, "fused"), rates)
+    rates = rates_of(weight.device, weight.dtype)
+    if rates is None:
+        return choice.backend
+    rows, call = slice(0, inputs.hidden.shape[:-1].numel()), call.on(choice.backend, inputs.needs)
+    by_tiles, by_cut = seconds(HeadSizes.of(inputs, rows, call), plan_for(inputs, rows, call, "fused"), rates)
     return "cut" if by_cut < by_tiles else choice.backend
 
 

@@ -12,6 +12,7 @@ gradient of hidden 2 and that of weight 2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 
 from mopo_kernels.backends import native
 from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.products import sums_in
 from mopo_kernels.head.rates import Rates
 from mopo_kernels.head.rows import Rows, count
 
@@ -27,7 +29,7 @@ CPU_CACHE = 4 * 2**20  # one pass is 4% faster than with whole rows on 2 cores a
 GPU_WORKSPACE = 512 * 2**20  # 2048 rows of 128k logits in 16 bits: fewer make the products wait for the weight
 ALIGN = 128  # column blocks are whole numbers of it
 ROW_ALIGN = 16  # rows that the products take at a time
-STREAM_ROWS = 1024  # rows of a tile that holds only some columns: enough to make reading the weight cheap
+STREAM_ROWS = 1024  # of a tile that holds only some columns, on a CPU: enough to make reading the weight cheap
 # Below this many rows the products, bound by reading the weight, lose more than forming the logits twice costs (8/6).
 MIN_RESIDENT_ROWS = 48
 
@@ -43,12 +45,20 @@ class HeadSizes(NamedTuple):
     dtype: torch.dtype
     compute: torch.dtype  # of tile and products
     gathered: bool = True  # only some rows count, and are copied together
+    on_gpu: bool = False
+    sums_in_place: bool = False  # products are added to float32 sums where these stand
+    needs_weight: bool = True  # its gradient is asked for
 
     @classmethod
-    def of(cls, inputs: HeadInputs, rows: Rows) -> HeadSizes:
+    def of(cls, inputs: HeadInputs, rows: Rows, call: HeadCall) -> HeadSizes:
         (vocab, hidden_size), weight = inputs.weight.shape, inputs.weight
-        gathered = not isinstance(rows, slice)
-        return cls(max(count(rows), 1), hidden_size, vocab, weight.dtype, compute_dtype(weight), gathered)
+        return cls(
+            *(max(count(rows), 1), hidden_size, vocab, weight.dtype, compute_dtype(weight)),
+            gathered=not isinstance(rows, slice),
+            on_gpu=weight.is_cuda,
+            sums_in_place=weight.is_cuda and sums_in(accumulate_dtype(weight.dtype), weight.dtype, weight.device),
+            needs_weight=call.needs[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Plan:
     compute: torch.dtype  # dtype of tile and products; panels of weight are converted where it differs
     workspace: int  # bytes of the temporaries
     reason: str
+    lent: bool = False  # the tile stands where weight's gradient will stand, and not in the workspace
 
     def tile_columns(self, vocab: int) -> int:
         return vocab if self.resident else self.column_block
@@ -83,17 +94,18 @@ def default_workspace(device: torch.device) -> int:
 
 
 def cache_of(device: torch.device, logits: Logits) -> int | None:
-    """Bytes of logits that stay in the last cache between a product and the folds, beside what else goes through it."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size) // 2
-    return CPU_CACHE if logits == "fused" else None  # the other plans have so many rows that blocks would be narrow
+    """Bytes of logits that stay in the last cache between a product and the folds, beside what else goes through it.
+
+    None where that gains nothing: a GPU's products lose more by narrow blocks, and so do plans of many rows.
+    """
+    return CPU_CACHE if device.type == "cpu" and logits == "fused" else None
 
 
 def plan_for(inputs: HeadInputs, rows: Rows, call: HeadCall, logits: Logits) -> Plan:
     """The tile engine's blocks for these rows."""
     device = inputs.weight.device
     workspace = call.workspace_bytes or default_workspace(device)
-    return make_plan(HeadSizes.of(inputs, rows), workspace, logits, cache_of(device, logits))
+    return make_plan(HeadSizes.of(inputs, rows, call), workspace, logits, cache_of(device, logits))
 
 
 def make_plan(sizes: HeadSizes, workspace_bytes: int, logits: Logits, cache_bytes: int | None = None) -> Plan:
@@ -106,18 +118,25 @@ def make_plan(sizes: HeadSizes, workspace_bytes: int, logits: Logits, cache_byte
         return _cached(_kept(sizes, cost, workspace_bytes), cache_bytes)
     column_block = vocab if cost.per_column == 0 else _aligned(workspace_bytes // 4 // cost.per_column, vocab)
     per_row = cost.per_row + vocab * cost.logit
-    capacity = (workspace_bytes - column_block * cost.per_column) // per_row
+    panels = column_block * cost.per_column
+    capacity = (workspace_bytes - panels) // per_row
+    lent = _lent_rows(sizes, cost, workspace_bytes - panels) if logits == "fused" and sizes.rows > capacity else 0
+    if lent > max(capacity, MIN_RESIDENT_ROWS):
+        row_block = _balanced(sizes.rows, lent)
+        reason = f"one pass, 6·N·H·V: {row_block} rows × all {vocab} columns fit where weight's gradient will stand"
+        used = row_block * cost.per_row + panels
+        return Plan(row_block, column_block, True, sizes.compute, used, reason, lent=True)
     if logits == "fused" and capacity >= min(sizes.rows, MIN_RESIDENT_ROWS):
         row_block = _balanced(sizes.rows, capacity)
-        used = row_block * per_row + column_block * cost.per_column
         reason = f"one pass, 6·N·H·V: {row_block} rows × all {vocab} columns fit the workspace"
-        return _cached(Plan(row_block, column_block, True, sizes.compute, used, reason), cache_bytes)
+        plan = Plan(row_block, column_block, True, sizes.compute, row_block * per_row + panels, reason)
+        return _cached(plan, cache_bytes)
     return _cached(_streamed(sizes, cost, workspace_bytes), cache_bytes)
 
 
 def fits_kept(inputs: HeadInputs, call: HeadCall) -> bool:
     """Whether the logits of all rows fit the workspace beside what the backward needs to use them."""
-    sizes = HeadSizes.of(inputs, slice(0, len(inputs.target)))._replace(gathered=True)
+    sizes = HeadSizes.of(inputs, slice(0, len(inputs.target)), call)._replace(gathered=True)
     workspace = call.workspace_bytes or default_workspace(inputs.weight.device)
     return make_plan(sizes, workspace, "kept").workspace <= workspace
 
@@ -125,13 +144,13 @@ def fits_kept(inputs: HeadInputs, call: HeadCall) -> bool:
 def seconds(sizes: HeadSizes, plan: Plan, rates: Rates) -> tuple[float, float]:
     """The cost model: forward and backward by the tile engine and by the cut kernels, at a GPU's measured rates.
 
-    Tiles: the products at 6 or 8·N·H·V; the logits, once written by the product, once read and once written by the
-    gradient's fold (what lies between finds them in L2), if they do not stay there; the float32 sum of the weight's
-    gradient, read and written for each block of rows after the first. Cut: statistics at 2·N·H·V and gradients at
-    6·N·H·V, whose measured rate has the atomic sums in it.
+    Tiles: the products at 6 or 8·N·H·V, whose rate has what they read and write themselves in it; the logits, read by
+    the statistics' fold, read and written by the gradient's; the float32 sum of the weight's gradient, read and written
+    for each block of rows after the first. Cut: statistics at 2·N·H·V and gradients at 6·N·H·V, whose measured rate has
+    the atomic sums in it.
     """
     product = 2.0 * sizes.rows * sizes.hidden_size * sizes.vocab
-    logits = 3 * sizes.dtype.itemsize * sizes.rows * sizes.vocab if plan.resident else 0
+    logits = 3 * sizes.dtype.itemsize * sizes.rows * sizes.vocab
     sums = 2 * 4 * sizes.hidden_size * sizes.vocab * (-(-sizes.rows // plan.row_block) - 1)
     tiles = product * (3 if plan.resident else 4) / rates.gemm + (logits + sums) / rates.copy
     return tiles, product / rates.cut_statistics + 3 * product / rates.cut_gradients
@@ -150,8 +169,18 @@ class _Bytes(NamedTuple):
         panel = 0 if compute == dtype else compute.itemsize
         row = compute.itemsize if sizes.gathered or compute != dtype else 0
         row_sum = accumulate.itemsize if sizes.gathered or accumulate != dtype else 0
-        product = 0 if dtype == accumulate else accumulate.itemsize
+        product = 0 if dtype == accumulate or sizes.sums_in_place else accumulate.itemsize
         return cls(sizes.hidden_size * (row + row_sum), sizes.hidden_size * (panel + product), compute.itemsize)
+
+
+def _lent_rows(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> int:
+    """Rows of a tile in the memory of weight's gradient, which is not written before all sums in float32 are complete.
+
+    A head of 16 bits has V · H elements of it, so H rows of V logits.
+    """
+    if not (sizes.sums_in_place and sizes.needs_weight and sizes.dtype.itemsize == 2):
+        return 0
+    return min(sizes.hidden_size, workspace_bytes // cost.per_row if cost.per_row else sizes.rows)
 
 
 def _kept(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
@@ -173,13 +202,21 @@ def _streamed(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
     def columns_of(row_block: int) -> int:
         return (workspace_bytes - row_block * cost.per_row) // (row_block * cost.logit + cost.per_column)
 
-    row_block = _balanced(sizes.rows, STREAM_ROWS)
-    while row_block > 1 and columns_of(row_block) < min(sizes.vocab, 2 * row_block):
+    row_block = _balanced(sizes.rows, _square(sizes, cost, workspace_bytes) if sizes.on_gpu else STREAM_ROWS)
+    least = 1 if sizes.on_gpu else 2  # columns of a tile for each of its rows
+    while row_block > 1 and columns_of(row_block) < min(sizes.vocab, least * row_block):
         row_block = (row_block + 1) // 2
     column_block = _aligned(columns_of(row_block), sizes.vocab)
     used = row_block * cost.per_row + column_block * (row_block * cost.logit + cost.per_column)
     reason = f"logits formed in each pass, 8·N·H·V: {row_block} rows × {column_block} columns at a time"
     return Plan(row_block, column_block, False, sizes.compute, used, reason)
+
+
+def _square(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> int:
+    """Rows of a tile of as many columns, if there are so many: it reads and writes the sums of both gradients least."""
+    per_row, logit = cost.per_row, cost.logit
+    side = int((math.sqrt(per_row**2 + 4 * logit * workspace_bytes) - per_row) / (2 * logit))
+    return max(1, workspace_bytes // (per_row + min(side, sizes.vocab) * logit))
 
 
 def _aligned(columns: int, vocab: int) -> int:

@@ -17,6 +17,7 @@ from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.engines import fused_gradients, make_engine
 from mopo_kernels.head.ops import fake_gradients, present
 from mopo_kernels.head.plan import accumulate_dtype
+from mopo_kernels.head.products import multiply
 from mopo_kernels.head.rows import Rows, rows_that_count, split, whole_groups
 from mopo_kernels.objective.steps import STEPS, StepTarget
 
@@ -109,11 +110,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 def _scale(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient · scale; in place, without a second copy, where the graph that alone holds the gradient is freed."""
-    is_last_use = not torch._C._autograd._get_current_graph_task_keep_graph()
-    if not is_last_use or type(gradient) is not Tensor:  # a subclass is being traced
-        return gradient * scale.to(gradient.dtype)
-    is_whole = scale.device.type == "cpu" and scale == 1  # a GPU would have to be waited for
-    return gradient if is_whole else gradient.mul_(scale)
+    if type(gradient) is not Tensor:  # a subclass is being traced
+        return gradient * scale
+    is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return multiply(gradient.clone() if is_kept else gradient, scale)
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_save)

@@ -12,7 +12,6 @@ for float64). Nothing here knows autograd: the operators that torch sees are in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from mopo_kernels.backends.fold import Statistics, Tile
 from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.plan import Plan, accumulate_dtype
+from mopo_kernels.head.products import add_product
 from mopo_kernels.head.rows import Rows, count, put, take
 
 
@@ -46,15 +46,16 @@ class TileEngine:
         self.holds = holds  # the block of rows whose logits the tile holds
         rows = max(map(count, blocks), default=0)
         shape = min(rows, plan.row_block), plan.tile_columns(self.vocab)
-        self.tile = new_empty(inputs.weight, shape, plan.compute) if kept is None else kept
+        self.result = new_empty(inputs.weight, inputs.weight.shape, inputs.weight.dtype) if plan.lent else None
+        self.tile = self._new_tile(shape) if kept is None else kept
         needs_hidden, needs_weight, needs_bias = call.needs
         self.out: Tensor | None = None  # where gradients go that must not overwrite the logits
         if kept is not None and any(call.needs):
             self.out = new_empty(inputs.weight, (rows, plan.column_block), plan.compute)
         self.grad_hidden = inputs.hidden.new_zeros(inputs.hidden.shape) if needs_hidden else None
         parts = sum(-(-count(block) // plan.row_block) for block in blocks)
-        # With one block each column is summed once, so weight's own dtype will do.
-        dtype = inputs.weight.dtype if parts == 1 else self.accumulate
+        # With one block each column is summed once, so weight's own dtype will do, unless the tile stands there.
+        dtype = inputs.weight.dtype if parts == 1 and not plan.lent else self.accumulate
         self.grad_weight = new_empty(inputs.weight, inputs.weight.shape, dtype) if needs_weight else None
         self.grad_bias = inputs.weight.new_zeros(self.vocab, dtype=self.accumulate) if needs_bias else None
         self.is_first = True  # nothing is summed yet
@@ -97,14 +98,23 @@ class TileEngine:
         self.is_first = False
 
     def finish(self) -> Gradients:
-        weight, bias = self.inputs.weight, self.inputs.bias
+        bias = self.inputs.bias
         if self.grad_weight is not None and self.is_first:
             self.grad_weight.zero_()
         return (
             self.grad_hidden,
-            None if self.grad_weight is None else self.grad_weight.to(weight.dtype),
+            None if self.grad_weight is None else self._weight_result(self.grad_weight),
             None if self.grad_bias is None or bias is None else self.grad_bias.to(bias.dtype),
         )
+
+    def _weight_result(self, total: Tensor) -> Tensor:
+        """The sum in weight's dtype: over the tile, which nobody reads again, if that stands in the result's memory."""
+        return total.to(self.inputs.weight.dtype) if self.result is None else self.result.copy_(total)
+
+    def _new_tile(self, shape: tuple[int, int]) -> Tensor:
+        if self.result is None:
+            return new_empty(self.inputs.weight, shape, self.plan.compute)
+        return self.result.view(-1)[: shape[0] * shape[1]].view(shape)
 
     def _column_blocks(self) -> Iterator[slice]:
         step = self.plan.column_block
@@ -130,38 +140,3 @@ class TileEngine:
         if isinstance(rows, slice) and self.grad_hidden.dtype == self.accumulate:
             return self.grad_hidden[rows]
         return torch.zeros_like(hidden, dtype=self.accumulate)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
-    """total += left · right, or total = left · right, summed in total's dtype.
-
-    Operands of 16 bits go straight into float32 sums where torch's addmm does that; elsewhere each product is rounded
-    to 16 bits once before it is added.
-    """
-    if total.dtype == left.dtype:
-        total.addmm_(left, right, beta=0 if overwrite else 1)
-    elif left.is_cuda and _sums_in(total.dtype, left.dtype, left.device):
-        torch.addmm(total, left, right, beta=0 if overwrite else 1, out_dtype=total.dtype, out=total)
-    elif overwrite:
-        total.copy_(_product(left, right))
-    else:
-        total.add_(_product(left, right))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right in their own dtype: under autocast they have been cast as it asks for."""
-    with torch.autocast(left.device.type, enabled=False):
-        return left @ right
-
-
-@cache
-def _sums_in(total: torch.dtype, operand: torch.dtype, device: torch.device) -> bool:
-    """Whether addmm adds products of `operand` in place to sums of `total`, tried once on numbers that tell."""
-    step = torch.finfo(operand).eps
-    ones, sums = torch.ones(16, 16, dtype=operand, device=device), torch.ones(16, 16, dtype=total, device=device)
-    left = ones.index_fill(1, torch.zeros(1, dtype=torch.int64, device=device), 1 + step)
-    try:
-        torch.addmm(sums, left, ones, out_dtype=total, out=sums)
-    except (RuntimeError, TypeError):  # NotImplementedError too
-        return False
-    return bool((sums == 17 + step).all())  # 16 + step has a bit more than `operand`

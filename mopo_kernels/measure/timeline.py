@@ -121,4 +121,4 @@ def _how(name: str, sizes: Sizes, backend: str | None, inputs: tuple[Tensor, ...
     chosen = choose_backend(head, call, backend)
     if name != "mopo_loss" or chosen in ("reference", "cut"):
         return f"backend {chosen}"
-    return f"backend {chosen}: {plan_for(head, slice(0, sizes.rows), call, 'fused').reason}"
+    return f"backend {chosen}: {plan_for(head, slice(0, sizes.rows), call.on(chosen, head.needs), 'fused').reason}"

@@ -127,6 +127,13 @@ def test_groups_of_any_number_and_size(backend, sizes):
     assert_same(random_labels(1, sizes, unlabelled=0.2, eps=0.15), backend)
 
 
+@pytest.mark.parametrize("eps", [1e-6, 50.0], ids=["small ball", "a ball that holds everything"])
+@pytest.mark.parametrize("sizes", [[2], [3], [4], [2, 2], [2, 3], [7], [9, 8]], ids=str)
+def test_few_responses(backend, sizes, eps):
+    """Fewer than a warp has lanes, and values that are products: their differences may be fused with them."""
+    assert_same(random_labels(1, sizes, 1, lag=False, eps=eps), backend)
+
+
 def test_scores_of_hundreds_neither_overflow_nor_lose_the_loser(backend):
     win_rate, multipliers = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.tensor([1.0, 70.0])
     _, values = values_of(

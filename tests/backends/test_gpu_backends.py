@@ -14,6 +14,7 @@ from mopo_kernels import backends, linear_logprob, mopo_loss, token_logprob
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.triton import cut
 from mopo_kernels.head.call import HeadCall
+from mopo_kernels.head.plan import plan_for
 from mopo_kernels.head.rates import Rates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,6 +64,33 @@ def test_16_bits_are_as_accurate_as_eager(backend, dtype):
     theirs = values_and_gradients(inputs, target, upstream, "reference")
     for got, yardstick, expected in zip(ours, theirs, truth, strict=True):
         assert relative_error(got, expected) <= 2 * relative_error(yardstick, expected) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("retain", [False, True], ids=["once", "graph kept"])
+def test_an_upstream_gradient_is_not_rounded_to_16_bits(backend, dtype, retain):
+    inputs, target = inputs_of(40, 24, 300, dtype)
+    results = []
+    for upstream in (torch.tensor(1.0, device=DEVICE), torch.tensor(1 / 3, device=DEVICE)):
+        total = linear_logprob(*inputs[:2], target, reduction="sum", backend=backend)
+        results.append(torch.autograd.grad(total, inputs[:2], upstream, retain_graph=retain))
+    for whole, third in zip(*results, strict=True):
+        assert torch.equal(third, (whole.float() * upstream).to(dtype))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has its tile in the workspace")
+@pytest.mark.parametrize("rows", [60, 200], ids=["one block", "blocks"])
+def test_a_tile_in_the_memory_of_weights_gradient(backend, rows, monkeypatch):
+    if backend == "cut":
+        pytest.skip("the cut kernels have no tile")
+    inputs, target = inputs_of(rows, 64, 300, torch.bfloat16, ignored=0.0)
+    plans = []
+    monkeypatch.setattr("mopo_kernels.head.engines.plan_for", lambda *x: plans.append(plan_for(*x)) or plans[-1])
+    total = linear_logprob(*inputs[:2], target, reduction="sum", backend=backend, workspace_bytes=25_000)
+    assert [plan.lent for plan in plans] == [True]
+    truth = exact(inputs, target, torch.ones(rows, device=DEVICE))[1:]
+    for got, expected in zip(torch.autograd.grad(total, inputs[:2]), truth, strict=False):
+        assert relative_error(got, expected) <= 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("policy_step", STEPS)
@@ -154,6 +182,7 @@ def test_measured_rates_choose_the_cut_kernels(monkeypatch, cut_rate, expected):
             linear_logprob(hidden, weight, target)
     else:
         linear_logprob(hidden, weight, target)
+    torch.compile(linear_logprob, backend="eager")(hidden, weight, target)  # a choice by sizes would compile for each
     default = backends.choose("linear_logprob", DEVICE).backend
     assert linear_logprob(hidden, weight, target, backend=default).isfinite().all()  # asked for: rates decide nothing
 

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from mopo_kernels.backends.triton import batch as triton_batch
 from mopo_kernels.backends.triton import fold as triton_fold
+from mopo_kernels.backends.triton import scale as triton_scale
 from mopo_kernels.backends.triton.transform import tanh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +46,22 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------------------------------------------------------------- scale
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4097, 40000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_is_scaled_in_float32(size, dtype):
+    x = torch.randn(size, device=DEVICE).to(dtype)
+    factor = torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32), device=DEVICE)
+    with mock.patch.object(triton_scale, "MAX_PROGRAMS", 3):
+        scaled = backend.scale_in_place(x.clone(), factor)
+    expected = (x.to(factor.dtype) * factor).to(dtype)
+    rounding = torch.finfo(dtype).eps if DEVICE == "cpu" else 0  # the interpreter cuts bits off
+    torch.testing.assert_close(scaled, expected, rtol=rounding, atol=0)
+    assert torch.equal(backend.scale_in_place(x.clone(), torch.ones_like(factor)), x)
 
 
 # -------------------------------------------------------------------------------------------------------------- fold

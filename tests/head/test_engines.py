@@ -6,22 +6,25 @@ import torch
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.native import cpu
 from mopo_kernels.backends.triton import cut
-from mopo_kernels.head import tiles
+from mopo_kernels.head import products
 from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.cut import CutEngine
 from mopo_kernels.head.engines import fused_gradients, make_engine
 from mopo_kernels.head.plan import Plan
+from mopo_kernels.head.products import add_product
 from mopo_kernels.head.rows import count
-from mopo_kernels.head.tiles import TileEngine, add_product
+from mopo_kernels.head.tiles import TileEngine
 
 N, H, V = 12, 5, 300
 TRANSFORM = Transform(0.5, 2.0, True)
 ALL = (True, True, True)
-PLANS = {  # rows × columns of a block, whether whole rows are held
-    "resident, one block": (12, 300, True),
-    "resident, ragged blocks and columns": (5, 128, True),
-    "streamed": (5, 128, False),
-    "streamed, one column at the end": (4, 299, False),
+PLANS = {  # rows × columns of a block, whether whole rows are held, and in the memory of weight's gradient
+    "resident, one block": (12, 300, True, False),
+    "resident, ragged blocks and columns": (5, 128, True, False),
+    "resident, where weight's gradient will stand": (5, 300, True, True),
+    "resident there, ragged blocks and columns": (4, 128, True, True),
+    "streamed": (5, 128, False, False),
+    "streamed, one column at the end": (4, 299, False, False),
 }
 BLOCKS = {
     "slices": lambda size: [slice(first, min(first + size, N)) for first in range(0, N, size)],
@@ -52,7 +55,8 @@ def call_of(needs=ALL, backend="cpu"):
 
 
 def plan_of(name, dtype=torch.float64):
-    return Plan(*PLANS[name], dtype, 0, "a test asks for it")
+    *blocks, lent = PLANS[name]
+    return Plan(*blocks, dtype, 0, "a test asks for it", lent=lent)
 
 
 def truth(inputs, rows, coefficient):
@@ -231,7 +235,7 @@ def test_gpus_add_16_bit_products_in_float32_where_torch_can(overwrite, has_it, 
         return out.copy_(product if beta == 0 else total + product)
 
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(tiles, "_sums_in", lambda *_: has_it)
+    monkeypatch.setattr(products, "sums_in", lambda *_: has_it)
     left, right = (torch.full(shape, 1 + 2**-7).bfloat16().as_subclass(OnGPU) for shape in ((2, 2), (2, 3)))
     total = torch.full((2, 3), torch.nan if overwrite else 1.0)
     add_product(total, left, right, overwrite=overwrite)
@@ -268,4 +272,4 @@ def not_for_it(*_, **__):
 )
 def test_whether_torch_sums_in_float32_is_tried_out(addmm, expected, dtype, monkeypatch):
     monkeypatch.setattr(torch, "addmm", addmm)
-    assert tiles._sums_in.__wrapped__(torch.float32, dtype, torch.device("cpu")) is expected
+    assert products.sums_in.__wrapped__(torch.float32, dtype, torch.device("cpu")) is expected

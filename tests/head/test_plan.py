@@ -1,7 +1,6 @@
 """The planner: within the workspace wherever blocks can be that small, one pass where rows fit, and it says why."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,8 +36,9 @@ def make(
     logits="fused",
     gathered=True,
     cache=None,
+    **gpu,
 ):
-    sizes = HeadSizes(max(rows, 1), hidden_size, vocab, dtype, compute or widened(dtype), gathered)
+    sizes = HeadSizes(max(rows, 1), hidden_size, vocab, dtype, compute or widened(dtype), gathered, **gpu)
     return make_plan(sizes, workspace, logits, cache)
 
 
@@ -56,17 +56,23 @@ def widened(dtype):
     workspace=st.integers(2**20, 2**30),
     logits=st.sampled_from(["fused", "recompute"]),
     cache=st.one_of(st.none(), st.integers(2**10, 2**26)),
+    gpu=st.fixed_dictionaries({"on_gpu": st.booleans(), "sums_in_place": st.booleans(), "needs_weight": st.booleans()}),
 )
-def test_blocks_fit_the_workspace(rows, hidden_size, vocab, dtype, widen, workspace, logits, cache):
-    compute = widened(dtype) if widen else dtype
-    p = make(rows, hidden_size, vocab, dtype=dtype, compute=compute, workspace=workspace, logits=logits, cache=cache)
+def test_blocks_fit_the_workspace(rows, hidden_size, vocab, dtype, widen, workspace, logits, cache, gpu):
+    compute, cache = widened(dtype) if widen and not gpu["on_gpu"] else dtype, None if gpu["on_gpu"] else cache
+    gpu["sums_in_place"] &= gpu["on_gpu"]
+    options = {"dtype": dtype, "compute": compute, "workspace": workspace, "logits": logits, "cache": cache}
+    p = make(rows, hidden_size, vocab, **options, **gpu)
     if cache is not None and p.column_block > ALIGN:
         assert p.row_block * p.column_block * compute.itemsize <= cache
     assert 1 <= p.row_block <= max(rows, 1)
     assert 1 <= p.column_block <= vocab
     assert p.column_block == vocab or p.column_block % ALIGN == 0
     tile = p.row_block * p.tile_columns(vocab) * compute.itemsize
-    assert tile <= p.workspace
+    if p.lent:
+        assert tile <= hidden_size * vocab * dtype.itemsize
+    else:
+        assert tile <= p.workspace
     smallest = 24 * hidden_size * (ALIGN + 1) + 8 * ALIGN + 100  # one row, ALIGN columns, the widest dtypes
     assert p.workspace <= max(workspace, smallest)
 
@@ -113,6 +119,7 @@ def test_the_cost_model_counts_what_each_engine_does():
     free = Rates(gemm=6e14, copy=math.inf, cut_statistics=6e14, cut_gradients=6e14)
     sizes = HeadSizes(n, h, v, torch.bfloat16, torch.bfloat16)
     assert seconds(sizes, tiles, free) == pytest.approx((6 * n * h * v / 6e14, 8 * n * h * v / 6e14))
+    assert tiles.resident
     blocks = math.ceil(n / tiles.row_block)
     moved = 3 * 2 * n * v + 8 * h * v * (blocks - 1)
     by_tiles, _ = seconds(sizes, tiles, free._replace(copy=3e12))
@@ -132,14 +139,36 @@ def test_one_pass_on_a_cpu_folds_logits_that_are_still_in_the_cache():
 def test_what_the_planner_asks_of_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     assert default_workspace(gpu) == GPU_WORKSPACE > default_workspace(torch.device("cpu")) == CPU_WORKSPACE
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 * 2**20))
-    assert cache_of(gpu, "recompute") == 25 * 2**20
+    assert cache_of(gpu, "fused") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     measured = {"gemm": 6e14, "copy": 3e12, "cut_statistics": 5e14, "cut_gradients": 4e14}
     monkeypatch.setattr(rates, "_table", lambda: {"sm_90": {"bfloat16": measured}})
     assert rates.rates_of(gpu, torch.bfloat16) == Rates(**measured)
     assert rates.rates_of(gpu, torch.float16) is None
     assert rates.rates_of(torch.device("cpu"), torch.bfloat16) is None
+
+
+GPU = {"dtype": torch.bfloat16, "compute": torch.bfloat16, "workspace": GPU_WORKSPACE, "on_gpu": True}
+
+
+def test_a_gpus_tile_stands_where_weights_gradient_will_and_costs_no_workspace():
+    p = make(16384, 4096, 128256, **GPU, sums_in_place=True)
+    assert (p.lent, p.resident, p.row_block, p.column_block) == (True, True, 4096, 128256)
+    assert p.workspace == 4096 * 4096 * 6  # copies of counted rows and their float32 sums
+    assert not make(16384, 4096, 128256, **GPU, sums_in_place=True, needs_weight=False).lent
+    assert not make(16384, 4096, 128256, **GPU).lent  # products wait to be summed
+    assert not make(1024, 4096, 128256, **GPU, sums_in_place=True).lent  # fits the workspace: no sums in float32
+    assert not make(16384, 512, 32768, **GPU, sums_in_place=True).lent  # the workspace holds more rows
+    assert not make(16384, 4096, 128256, **GPU, sums_in_place=True, logits="recompute").lent
+
+
+def test_a_gpu_that_forms_logits_again_takes_square_tiles():
+    p = make(65536, 4096, 128256, **GPU, sums_in_place=True, logits="recompute")
+    assert not p.resident
+    assert 0.9 < p.column_block / p.row_block < 1.3
+    assert p.workspace > 0.95 * GPU_WORKSPACE
+    few = make(1000, 4096, 128256, **GPU, sums_in_place=True, logits="recompute")
+    assert few.row_block == 1000
 
 
 def test_converted_panels_are_small_beside_the_workspace():

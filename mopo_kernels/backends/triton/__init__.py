@@ -20,5 +20,14 @@ else:
     UNAVAILABLE = ""
     from mopo_kernels.backends.triton.batch import label_statistics, sequence_sums
     from mopo_kernels.backends.triton.fold import fold_gradient, fold_statistics
+    from mopo_kernels.backends.triton.scale import scale_in_place
 
-__all__ = ["INTERPRETED", "UNAVAILABLE", "fold_gradient", "fold_statistics", "label_statistics", "sequence_sums"]
+__all__ = [
+    "INTERPRETED",
+    "UNAVAILABLE",
+    "fold_gradient",
+    "fold_statistics",
+    "label_statistics",
+    "scale_in_place",
+    "sequence_sums",
+]

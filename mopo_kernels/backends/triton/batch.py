@@ -22,6 +22,7 @@ from mopo_kernels.backends.triton.robust import robust_bound
 BLOCK_L = 1024
 BLOCK_IDS = 8  # ids that all responses are compared with at a time
 MAX_RESPONSES = 8192
+MIN_BLOCK_B = 32  # in fewer places than a warp has lanes, Triton 3.6 lost a response from sums over four
 
 NEUTRAL: tl.constexpr = tl.constexpr(0.5)  # an unlabelled response in a group that is labelled for others
 
@@ -214,7 +215,7 @@ def label_statistics(labels: Labels) -> tuple[Tensor, Tensor]:
         )
     slot = torch.empty_like(labels.group)
     values = labels.win_rate.new_empty(LabelValues.length(responses, objectives), dtype=torch.float64)
-    block_b = triton.next_power_of_2(responses)
+    block_b = max(MIN_BLOCK_B, triton.next_power_of_2(responses))
     with torch.cuda.device_of(labels.win_rate):
         label_statistics_kernel[(1,)](
             **labels._asdict(),

@@ -20,10 +20,12 @@ def robust_bound(values, masses, eps):
     mass = tl.sum(masses, 0)
     masses /= mass
     lowest = tl.min(tl.where(masses > 0, values, float("inf")), 0)
-    excess = tl.where(masses > 0, values - lowest, 0)
+    # Where `values` is a product, values - lowest is a fused multiply-add on a GPU, and not 0 for the lowest.
+    is_higher = (masses > 0) & (values > lowest)
+    excess = tl.where(is_higher, values - lowest, 0)
     scale = tl.max(excess, 0)
     excess /= tl.where(scale > 0, scale, 1)
-    smallest_mass = tl.sum(tl.where(excess == 0, masses, 0), 0)
+    smallest_mass = tl.sum(tl.where(is_higher, 0, masses), 0)
     lower_bound, chi = lowest, tl.zeros_like(lowest)
     if eps == 0:
         lower_bound, chi = tl.sum(masses * values, 0), chi + float("inf")
