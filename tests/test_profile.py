@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 from mopo_kernels.measure import profile, timeline
-from mopo_kernels.measure.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of
+from mopo_kernels.measure.roofline import Ceilings, Work, copy_rate, gemm_rate, seconds_of, steady_seconds
 from mopo_kernels.measure.workloads import WORKLOADS, Sizes
 
 PAGE = Path(__file__).parents[1] / "docs" / "gpu.md"
@@ -102,6 +102,13 @@ def test_rates_are_work_over_time(monkeypatch):
     monkeypatch.setattr("mopo_kernels.measure.roofline.seconds_of", lambda run, device: run() is None or 0.5)
     assert copy_rate(1000, CPU) == 2 * 1000 / 0.5
     assert gemm_rate(2, 3, 5, torch.float32, CPU) == 2 * 2 * 3 * 5 / 0.5
+
+
+def test_steady_is_the_mean_of_many_calls_after_as_many(monkeypatch):
+    calls = []
+    monkeypatch.setattr("mopo_kernels.measure.roofline.time_once", lambda run, device: run() or 0.1)
+    assert steady_seconds(lambda: calls.append(None), torch.device("cuda")) == 0.1 / 5  # of the last one, of five calls
+    assert len(calls) == 6 + 2 * 5
 
 
 def test_against_ceilings():

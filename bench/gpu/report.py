@@ -103,7 +103,7 @@ def steps_of(architecture: str, work: Path, *, dry_run: bool) -> list[Step]:
     target = f"MOPO_CUDA_ARCHS={_compute_capability(architecture)}"
     build = ["env", "MOPO_BUILD_CUDA=1", target, sys.executable, "setup.py", "build_ext", "--inplace"]
     tests = [sys.executable, "-m", "pytest", *test_files(), "-m", "not slow"]
-    tests += ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    tests += ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     return [
         Step("build", build, 150, True),
         Step("ceilings", measure("ceilings"), 60),

@@ -23,9 +23,9 @@ from bench import harness, peers
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.triton import cut, cut_tile
-from mopo_kernels.head.plan import GPU_WORKSPACE
+from mopo_kernels.head.plan import default_workspace
 from mopo_kernels.head.rates import architecture
-from mopo_kernels.measure.roofline import Run, copy_rate, gemm_rate, seconds_of
+from mopo_kernels.measure.roofline import Run, copy_rate, gemm_rate, seconds_of, steady_seconds
 from mopo_kernels.measure.timeline import lines_of, trace
 from mopo_kernels.measure.workloads import WORKLOADS, Sizes, backward_alone, labels_of
 
@@ -98,15 +98,16 @@ def main() -> None:
             file.flush()
 
 
-def environment(_: torch.device, __: Extent) -> Iterator[dict[str, Any]]:
+def environment(device: torch.device, _: Extent) -> Iterator[dict[str, Any]]:
     """Software, and the GPU if there is one."""
-    found: dict[str, Any] = {"kind": "environment", "gpu": None, "cuda": torch.version.cuda, "workspace": GPU_WORKSPACE}
+    found: dict[str, Any] = {"kind": "environment", "gpu": None, "cuda": torch.version.cuda}
     found["packages"] = {name: _version(name) for name in PACKAGES}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "architecture": architecture(torch.device("cuda"))}
         found |= {"memory": properties.total_memory, "l2": properties.L2_cache_size}
         found["multiprocessors"] = properties.multi_processor_count
+        found["workspace"] = default_workspace(device)
     found["backends"] = {
         f"{choice.op} on {choice.device}": f"{choice.backend}: {choice.reason}" for choice in backends.describe()
     }
@@ -124,14 +125,14 @@ def _version(package: str) -> str:
 
 
 def ceilings(device: torch.device, extent: Extent) -> Iterator[dict[str, Any]]:
-    """Copies, a large square product, and the three products of an LM head with nothing between them."""
+    """Copies, a large square product, and the three products of an LM head with nothing between them, each steadily."""
     yield {"kind": "copy", "bytes_per_second": copy_rate(extent.copy, device)}
     rate = gemm_rate(extent.square, extent.square, extent.square, DTYPE, device)
     yield {"kind": "gemm", "name": f"{extent.square}³", "flops_per_second": rate}
     for h, v in extent.heads.values():
         rates = []
         for name, call in _products(extent.tile_rows, h, v, device).items():
-            rates.append(2.0 * extent.tile_rows * h * v / seconds_of(call, device))
+            rates.append(2.0 * extent.tile_rows * h * v / steady_seconds(call, device))
             yield {"kind": "gemm", "name": f"{name}, H={h} V={v}", "flops_per_second": rates[-1]}
         yield {"kind": "products", "sizes": [h, v], "flops_per_second": 3 / sum(1 / rate for rate in rates)}
 
@@ -182,8 +183,8 @@ def heads(step: str, device: torch.device, extent: Extent) -> Iterator[dict[str,
     for rows in extent.rows:
         losses = peers.GPU_HEADS | peers.heads(compiler=extent.compiler)
         contestants = [
-            *ours("mopo_loss", None, "cuda", "triton", "cut"),
-            *ours("linear_logprob", None, "cuda", "triton", "cut"),
+            *ours("mopo_loss", None, "triton", "cut"),
+            *ours("linear_logprob", None, "triton", "cut"),
             *ours("linear_logprob_rows", None),
             *ours("linear_logprob_forward", None, "cut"),
             *ours("frozen_head", None, "cut"),

@@ -26,7 +26,8 @@ from mopo_kernels.head.rows import Rows, count
 
 CPU_WORKSPACE = 64 * 2**20
 CPU_CACHE = 4 * 2**20  # one pass is 4% faster than with whole rows on 2 cores and 32 MiB of L3; 8 MiB are too many
-GPU_WORKSPACE = 512 * 2**20  # 2048 rows of 128k logits in 16 bits: fewer make the products wait for the weight
+GPU_WORKSPACE = 512 * 2**20  # at least: 2048 rows of 128k logits in 16 bits
+GPU_SHARE = 64  # this part of a GPU's memory, if that is more: the more rows, the less often the sums are read
 ALIGN = 128  # column blocks are whole numbers of it
 ROW_ALIGN = 16  # rows that the products take at a time
 STREAM_ROWS = 1024  # of a tile that holds only some columns, on a CPU: enough to make reading the weight cheap
@@ -56,7 +57,7 @@ class HeadSizes(NamedTuple):
             *(max(count(rows), 1), hidden_size, vocab, weight.dtype, compute_dtype(weight)),
             gathered=not isinstance(rows, slice),
             on_gpu=weight.is_cuda,
-            sums_in_place=weight.is_cuda and sums_in(accumulate_dtype(weight.dtype), weight.dtype, weight.device),
+            sums_in_place=weight.is_cuda and not torch.compiler.is_compiling() and _sums_in_place(weight),
             needs_weight=call.needs[1],
         )
 
@@ -89,8 +90,17 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes that temporaries may take where the caller sets no bound."""
-    return GPU_WORKSPACE if device.type == "cuda" else CPU_WORKSPACE
+    """Bytes that temporaries may take where the caller sets no bound: on a GPU, a share of its memory."""
+    if device.type != "cuda":
+        return CPU_WORKSPACE
+    if torch.compiler.is_compiling():  # what is traced asks the device nothing; operators plan when they run
+        return GPU_WORKSPACE
+    return max(GPU_WORKSPACE, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+
+
+def _sums_in_place(weight: torch.Tensor) -> bool:
+    accumulate = accumulate_dtype(weight.dtype)
+    return weight.dtype == accumulate or sums_in(accumulate, weight.dtype, weight.device)
 
 
 def cache_of(device: torch.device, logits: Logits) -> int | None:

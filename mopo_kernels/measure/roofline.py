@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from statistics import median
@@ -59,6 +60,22 @@ def time_once(run: Run, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def steady_seconds(run: Run, device: torch.device, *, seconds: float = 0.5) -> float:
+    """Time of a call among as many as take this long, after as many that warm the device up.
+
+    A GPU that multiplies matrices without a pause soon slows down to what its power limit allows.
+    """
+    if device.type != "cuda":
+        return seconds_of(run, device)
+    calls = math.ceil(seconds / seconds_of(run, device))
+
+    def many() -> None:
+        for _ in range(calls):
+            run()
+
+    return seconds_of(many, device, rounds=1) / calls
+
+
 def copy_rate(size: int, device: torch.device) -> float:
     """Bytes/s, read and written, of a copy of `size` bytes: far more than caches hold."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -67,14 +84,14 @@ def copy_rate(size: int, device: torch.device) -> float:
 
 
 def gemm_rate(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Flop/s of [m, k] · [k, n]; random numbers, since products of zeros draw less power and run faster."""
+    """Flop/s of [m, k] · [k, n], steadily; random numbers: products of zeros draw less power and run faster."""
     left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
     out = torch.empty(m, n, dtype=dtype, device=device)
-    return 2.0 * m * n * k / seconds_of(lambda: torch.mm(left, right.t(), out=out), device)
+    return 2.0 * m * n * k / steady_seconds(lambda: torch.mm(left, right.t(), out=out), device)
 
 
 def ceilings_of(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measured in about a second."""
+    """Measured in a second or two."""
     on_gpu = device.type == "cuda"
     side = 8192 if on_gpu else 1024
     return Ceilings(gemm_rate(side, side, side, dtype, device), copy_rate(2**30 if on_gpu else 2**26, device))

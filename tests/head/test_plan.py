@@ -1,6 +1,7 @@
 """The planner: within the workspace wherever blocks can be that small, one pass where rows fit, and it says why."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,9 +137,16 @@ def test_one_pass_on_a_cpu_folds_logits_that_are_still_in_the_cache():
     assert CPU_CACHE * 0.9 < p.row_block * p.column_block * 4 <= CPU_CACHE
 
 
+@pytest.mark.parametrize(("gib", "expected"), [(24, GPU_WORKSPACE), (80, 80 * 2**24)])
+def test_the_workspace_grows_with_a_gpus_memory(gib, expected, monkeypatch):
+    properties = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_workspace(torch.device("cuda")) == expected
+    assert default_workspace(torch.device("cpu")) == CPU_WORKSPACE
+
+
 def test_what_the_planner_asks_of_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
-    assert default_workspace(gpu) == GPU_WORKSPACE > default_workspace(torch.device("cpu")) == CPU_WORKSPACE
     assert cache_of(gpu, "fused") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     measured = {"gemm": 6e14, "copy": 3e12, "cut_statistics": 5e14, "cut_gradients": 4e14}

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """The fold contract (backends/fold.py) in Triton: programs read their part of a row of logits once, block after block.
 
-    statistics   maximum ← max(maximum, block), total rescaled to it; where a row has several programs, a second kernel
-                 combines their results in the order of the columns
+    statistics   a thread keeps the maximum of its z and the sum of exp(z − maximum), a program combines its threads',
+                 and where a row has several programs a second kernel combines theirs in the order of the columns
     gradient     coefficient · (onehot − exp(z − lse)) · dz/dlogit, elementwise
 
 Rows may begin anywhere: blocks are counted from the last multiple of ALIGN elements before a row, so that all of them
@@ -23,6 +23,7 @@ from mopo_kernels.backends.triton.transform import logit_gradient, rescaled, tra
 
 ALIGN = 16  # elements: 16 bytes or more of any dtype
 BLOCK_BYTES = 8192  # of a block as arithmetic sees it, float32 or float64: 32 for each of 256 threads; 64 spill
+LANE_BYTES = 16  # what a thread reads at a time
 ENOUGH_PROGRAMS = 4096  # for the largest GPU to be busy to the end of its last wave
 PARTS_BLOCK = 128  # partial results combined at a time
 
@@ -96,6 +97,7 @@ def statistics_kernel(
     WORK: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANE: tl.constexpr,  # neighbouring elements that are folded together, by one thread
 ):
     row, part, shift, first, last = part_of_row(row_stride, columns, parts, blocks, ALIGN, BLOCK_V)
     row_target = tl.load(target + row)
@@ -104,13 +106,18 @@ def statistics_kernel(
     inner, outer = tl.full([], inner, WORK), tl.full([], outer, WORK)
     aligned_row = logits + row * row_stride // ALIGN * ALIGN
 
-    # What was folded before goes into the first part.
-    row_maximum = tl.load(maximum + row, mask=part == 0, other=float("-inf")).to(WORK)
-    row_total = tl.load(total + row, mask=part == 0, other=0)
+    lane_maximum = tl.full([BLOCK_V // LANE], float("-inf"), WORK)
+    lane_total = tl.zeros([BLOCK_V // LANE], tl.float64)
     for place in range(first, last, BLOCK_V):
         block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
         z, _ = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
-        row_maximum, row_total = combined(row_maximum, row_total, z, 1)
+        z = tl.reshape(z, [BLOCK_V // LANE, LANE])
+        lane_maximum, lane_total, lane_shift = rescaled(lane_maximum, lane_total, tl.max(z, 1))
+        lane_total += tl.sum(tl.exp(z - lane_shift[:, None]), 1)
+    # What was folded before goes into the first part.
+    row_maximum = tl.load(maximum + row, mask=part == 0, other=float("-inf")).to(WORK)
+    row_total = tl.load(total + row, mask=part == 0, other=0)
+    row_maximum, row_total = combined(row_maximum, row_total, lane_maximum, lane_total)
     tl.store(part_maximum + row * parts + part, row_maximum.to(tl.float64))
     tl.store(part_total + row * parts + part, row_total)
 
@@ -163,6 +170,7 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
             part_maximum=part_maximum,
             part_total=part_total,
             ALIGN=ALIGN,
+            LANE=LANE_BYTES // tile.logits.element_size(),
         )
         if parts > 1:
             combine_kernel[(rows,)](
