@@ -39,7 +39,7 @@ DTYPE = "bfloat16"  # of steps.py
 RESULTS_FILE = "<results>"  # stands in a command for the file of a step's results
 OUTPUT = 8000  # characters of a step's output that the report keeps, the last ones
 
-TESTS = ["cuda_gpu", "gpu_backends", "triton", "cut", "batch"]  # test_….py, in whatever folder of tests
+TESTS = ["cuda_gpu", "gpu_backends", "triton", "cut", "batch", "gpu"]  # test_….py, in whatever folder of tests
 PROFILE = [sys.executable, "-m", "mopo_kernels.measure.profile"]
 NCU = ["ncu", "--clock-control", "none", "--section", "SpeedOfLight", "--section", "LaunchStats", "--launch-count", "8"]
 NCU_KERNELS = ["--kernel-name", "regex:statistics|gradient|sums|cut"]
@@ -204,7 +204,9 @@ def _measure(step: str, *, dry_run: bool) -> list[str]:
 
 def _surroundings(dry_run: bool) -> dict[str, Any]:
     """Where a step runs: in the repository, which need not be installed, and in a process group that can be ended."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    }
     environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # contestants leave no holes for each other
     if dry_run:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -98,16 +98,16 @@ def main() -> None:
             file.flush()
 
 
-def environment(device: torch.device, _: Extent) -> Iterator[dict[str, Any]]:
+def environment(_: torch.device, __: Extent) -> Iterator[dict[str, Any]]:
     """Software, and the GPU if there is one."""
     found: dict[str, Any] = {"kind": "environment", "gpu": None, "cuda": torch.version.cuda}
+    found["workspace"] = default_workspace(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found["packages"] = {name: _version(name) for name in PACKAGES}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "architecture": architecture(torch.device("cuda"))}
         found |= {"memory": properties.total_memory, "l2": properties.L2_cache_size}
         found["multiprocessors"] = properties.multi_processor_count
-        found["workspace"] = default_workspace(device)
     found["backends"] = {
         f"{choice.op} on {choice.device}": f"{choice.backend}: {choice.reason}" for choice in backends.describe()
     }

@@ -98,6 +98,7 @@ class TileEngine:
         self.is_first = False
 
     def finish(self) -> Gradients:
+        del self.tile  # so that its memory is free for what follows
         bias = self.inputs.bias
         if self.grad_weight is not None and self.is_first:
             self.grad_weight.zero_()

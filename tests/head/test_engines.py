@@ -134,7 +134,7 @@ def test_kept_logits_are_read_and_left_as_they_are(needs, monkeypatch):
         assert (got is not None) == need
         if need:
             torch.testing.assert_close(got, expected)
-    backward.add(rows, lse, coefficient)
+    TileEngine(inputs, call_of(needs), narrow, blocks=[rows], kept=kept, holds=rows).add(rows, lse, coefficient)
     assert torch.equal(kept, logits)
     assert not formed
 

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from mopo_trainer.data.packing import SequenceBatch
+from mopo_trainer.training import probe
 from mopo_trainer.training.head import Scoring, Transform, head_input
 from mopo_trainer.training.probe import check_lengths, probe_scoring, sharing_obstacle
 
@@ -151,6 +152,22 @@ def test_rounding_in_many_layers_is_no_fault_of_padding():
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5, tie_word_embeddings=True)).bfloat16()
     assert probe_scoring(model, [5 + i * 37 % 200 for i in range(16)], Scoring(0)).transform == Transform()
+
+
+@pytest.mark.parametrize(("spread", "is_causal"), [(0.5, True), (0.02, False)], ids=["large weights", "usual weights"])
+def test_later_tokens_may_change_what_large_weights_make_of_a_rounding(spread, is_causal):
+    """An order of sums that depends on the length, as products of 16 bits have it on some machines."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 30}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=spread, tie_word_embeddings=True)).bfloat16()
+    ids = [5 + i * 37 % 200 for i in range(12)]
+    with torch.no_grad():
+        alone = model(torch.tensor([ids])).logits[0]
+    otherwise = alone * (1 + 0.2 * torch.randn(alone.shape, generator=torch.Generator().manual_seed(1)))
+    if is_causal:
+        return probe._check_causal(model, [otherwise, alone], ids)
+    with pytest.raises(ValueError, match="predicts a token otherwise"):
+        probe._check_causal(model, [otherwise, alone], ids)
 
 
 def test_a_model_that_reads_later_tokens_is_refused(altered):
