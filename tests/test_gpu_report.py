@@ -75,8 +75,8 @@ def test_a_dry_run_has_times_and_no_verdicts(dry_run):
         *cut_tile.KERNELS
     }
     assert {(goal[1], goal[2]) for goal in report["goals"]} == {("dry run", "dry run")}
-    (cuda,) = (result for result in results if result.get("name") == "mopo_loss, cuda")
-    assert "backend='cuda' cannot run linear_logprob" in cuda["error"]
+    (cuda,) = (result for result in results if result.get("name") == "token_logprob, cuda")
+    assert "backend='cuda' cannot run token_logprob" in cuda["error"]
 
 
 def test_a_python_that_cannot_measure_is_an_error_and_no_dry_run(monkeypatch, tmp_path):
