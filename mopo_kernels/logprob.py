@@ -64,7 +64,8 @@ def linear_logprob(
             "none" a trainable head's logits are formed again in the backward, 8·N·H·V, unless all of them, N × V, fit
             `workspace_bytes`.
         workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
-            float32); None is 64 MiB on CPUs, 512 MiB on GPUs. More makes blocks of more rows, faster to multiply.
+            float32); None is 64 MiB on CPUs, a 64th of its memory but at least 512 MiB on a GPU. More makes blocks of
+            more rows, faster to multiply.
         backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
 
     Returns:

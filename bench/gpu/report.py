@@ -182,12 +182,23 @@ def write_tables(report: dict[str, Any]) -> None:
     architecture = report["architecture"]
     if verdict.best_blocks(results):
         table = verdict.with_blocks(json.loads(BLOCKS.read_text()), architecture, DTYPE, results)
-        replace(BLOCKS, json.dumps(table, indent=1) + "\n")
+        replace(BLOCKS, table_text(table))
     rates = verdict.rates_entry(results)
     if rates is not None:
         table = json.loads(RATES.read_text())
         table.setdefault(architecture, {})[DTYPE] = rates
-        replace(RATES, json.dumps(table, indent=1) + "\n")
+        replace(RATES, table_text(table))
+
+
+def table_text(table: dict[str, Any]) -> str:
+    """JSON with the innermost objects on a line each, for people to compare."""
+    text = json.dumps(table, indent=2)
+    return (
+        re.sub(
+            r"\{[^{}]*\}", lambda match: re.sub(r"\s*\n\s*", " ", match[0]).replace("{ ", "{").replace(" }", "}"), text
+        )
+        + "\n"
+    )
 
 
 def replace(path: Path, text: str) -> None:
