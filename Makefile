@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## the main job: align a small model under thresholds, under ten minutes on two cores
+demo: $(STAMP)  ## the main job: align a small model under thresholds, within ten minutes
 	$(BIN)/mopo demo --output runs/demo
 
 test: lint  ## lint, then every test that is not slow

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from rich.console import Console
 
 from bench import harness
 from mopo_kernels.loss import policy_loss
@@ -55,7 +56,8 @@ def micro_batches(steps: int) -> list[tuple[tuple, dict]]:
     groups, _ = demo._load_groups(settings, seed=0)
     with mock.patch.object(trainer, "policy_loss", keep), tempfile.TemporaryDirectory() as directory:
         model, tokenizer = demo._load_model(tiny=False, seed=0)
-        demo._train(model, tokenizer, groups, demo.THRESHOLDS, settings, 0, Path(directory))
+        run = demo.Run(Path(directory), Console(), tiny=False, seed=0)
+        demo._train(run, model, tokenizer, groups, demo.THRESHOLDS, settings)
     return given
 
 

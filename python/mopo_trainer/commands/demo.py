@@ -7,6 +7,9 @@ brevity and plain language. Friendliness alone is bought with length; under thre
 1. the labels: which thresholds are attainable, what they cost (`mopo_trainer.commands.solve`);
 2. two LoRA adapters: the primary alone, and MOPO under thresholds (`MOPOTrainer`);
 3. held-out prompts: texts of the base model and of both, and win rates against the base model with intervals.
+
+How many steps, prompts and texts fit the minutes is decided once, from a few steps and tokens timed on the machine. The
+decision stands in progress.json beside the texts that are there already: a demo that was killed goes on from it.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from mopo_kernels import mopo_weights
+from mopo_trainer.commands.demo_budget import MODELS, Journal, Rates, Sizes, describe, drawing_rates, fit
 from mopo_trainer.commands.pareto import front
 from mopo_trainer.commands.sampling import DEMO_DATA, Sampling, sample_responses
 from mopo_trainer.commands.smollm import smollm2
@@ -61,6 +66,10 @@ THRESHOLDS = {"brevity": 0.6, "plain_language": 0.55}
 OBJECTIVES = (PRIMARY, *THRESHOLDS)
 SCORERS = {name: BUILT_IN[name] for name in OBJECTIVES}
 BASE, ALONE, MOPO = "base", "primary alone", "MOPO"
+# Texts drawn together. A larger batch reads the weights once for more texts: 48 prompts × 4 on one core took 202 s of
+# CPU time in batches of 32, 146 in 64, 109 in 192. What is faster on a machine is tried on a few tokens.
+BATCH_SIZES = (64, 192)
+TIMED_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Settings:
     min_weight: float = 0.05
     test_fraction: float = 0.25
     num_samples: int = 4  # per held-out prompt and model
+    batch_size: int = 64  # texts drawn together
     max_new_tokens: int = 80
     temperature: float = 1.0
     top_p: float = 0.95
@@ -104,11 +114,19 @@ TINY = Settings(
 )
 
 
-def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, output: Path = Path("mopo-demo")) -> int:
+def run_demo(
+    *,
+    minutes: float = 10,
+    steps: int | None = None,
+    tiny: bool = False,
+    seed: int = 0,
+    output: Path = Path("mopo-demo"),
+) -> int:
     """Runs the demo and writes results.json, texts.jsonl, front.png and training.png to `output`.
 
     Args:
-        steps: training steps of each run; the default keeps the whole under ten minutes on two cores.
+        minutes: how long it may take; steps, prompts and texts are cut to that.
+        steps: training steps of each run; as many as fit if None.
         tiny: a random tiny model made in this process instead of SmolLM2: seconds, no download, no meaning.
     """
     start = time.perf_counter()
@@ -117,7 +135,9 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
     settings = TINY if tiny else Settings()
     settings = settings if steps is None else replace(settings, steps=steps)
     train_groups, test_groups = _load_groups(settings, seed)
-    prompts = list(test_groups["prompt"])
+    options = {"minutes": minutes, "steps": steps, "tiny": tiny, "seed": seed, "version": version("mopo-kernels")}
+    journal = Journal.of(output / "progress.json", options)
+    run = Run(output, console, tiny, seed)
 
     console.rule("1. What the labels allow")
     problem = LabelProblem("demo", OBJECTIVES, *labels(train_groups, OBJECTIVES), settings.tau, settings.eps)
@@ -126,19 +146,25 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
     print_report(analysis, console)
 
     console.rule("2. Training and sampling")
-    texts: dict[str, list[list[str]]] = {}
-    logs: dict[str, list[dict[str, Any]]] = {}
-    seconds: dict[str, float] = {}
+    if journal.decision is None:
+        rates = _measure(run, problem, train_groups, test_groups["prompt"], settings, start)
+        whole = Sizes(settings.steps, len(test_groups), settings.num_samples)
+        sizes = fit(rates, minutes, whole, keep_steps=steps is not None)
+        journal.decide(rates, sizes)
+    else:
+        rates, sizes = journal.decision
+        console.print(f"Going on with what {journal.path} holds.", soft_wrap=True)
+    console.print(describe(rates, sizes, minutes), soft_wrap=True)
+    settings = replace(settings, steps=sizes.steps, num_samples=sizes.num_samples, batch_size=rates.batch_size)
+    prompts = spread(test_groups["prompt"], sizes.prompts)
     for name, thresholds in {BASE: None, ALONE: {}, MOPO: THRESHOLDS}.items():
-        began = time.perf_counter()
-        model, tokenizer = _load_model(tiny, seed)
-        if thresholds is not None:
-            console.print(f"Training: {name} {_describe(thresholds)}", style="bold", soft_wrap=True)
-            model, logs[name] = _train(model, tokenizer, train_groups, thresholds, settings, seed, output)
-        texts[name] = _sample(name, model, tokenizer, prompts, settings, seed)
-        seconds[name] = time.perf_counter() - began
+        if name not in journal.done:
+            journal.finish(name, _stage(run, name, thresholds, train_groups, prompts, settings))
 
     console.rule("3. Held-out prompts")
+    texts, logs, seconds = (
+        {name: done[key] for name, done in journal.done.items()} for key in ("texts", "log", "seconds")
+    )
     compared = compare(prompts, texts)
     console.print(_win_rate_table(compared))
     console.print(_difference_table(compared))
@@ -146,13 +172,20 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
     seconds["total"] = time.perf_counter() - start
     results = {
         "settings": asdict(settings) | {"tiny": tiny, "seed": seed, "thresholds": THRESHOLDS},
+        "budget": {
+            "minutes": minutes,
+            "rates": asdict(rates),
+            "sizes": asdict(sizes),
+            "predicted": sizes.seconds(rates),
+        },
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("mopo-kernels", "torch", "transformers", "peft")},
         "threads": torch.get_num_threads(),
         "seconds": seconds,
+        "cpu_seconds": time.process_time(),
         "held_out": compared,
         "labels": analysis,
-        "log_history": logs,
+        "log_history": {name: logs[name] for name in (ALONE, MOPO)},
     }
     subtitle = f"{len(prompts)} held-out prompts × {settings.num_samples} samples; line: what the training labels allow"
     files = [
@@ -161,9 +194,87 @@ def run_demo(*, steps: int | None = None, tiny: bool = False, seed: int = 0, out
         plots.save_figure(_front_figure(problem, compared, settings.front_points, subtitle), output / "front.png"),
         plots.save_figure(plots.plot_training(logs[MOPO], objectives=OBJECTIVES), output / "training.png"),
     ]
+    journal.path.unlink()
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
     console.print(f"{seconds['total']:.0f} s in all.")
     return 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where, and with which model and seed."""
+
+    output: Path
+    console: Console
+    tiny: bool
+    seed: int
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+def _measure(
+    run: Run, problem: LabelProblem, groups: Dataset, prompts: Sequence[str], settings: Settings, start: float
+) -> Rates:
+    """Times a few tokens of sampling in batches of each size, and the second step of a training under thresholds."""
+    run.console.print("Timing a few tokens and two training steps on this machine", style="dim")
+    labels_seconds = time.perf_counter() - start
+    with Stopwatch() as loading:
+        model, tokenizer = _load_model(run.tiny, run.seed)
+    ids = tokenizer([text for responses in groups["responses"] for text in responses])["input_ids"]
+    tokens = float(np.mean([min(len(x) + 1, settings.max_new_tokens) for x in ids]))
+
+    def draw(batch_size: int) -> tuple[int, float]:
+        """How many texts a batch holds, and its seconds."""
+        some, seconds = prompts[: max(1, batch_size // settings.num_samples)], []
+        for count in (1, 1 + TIMED_TOKENS):
+            brief = replace(settings, batch_size=batch_size, max_new_tokens=count)
+            with Stopwatch() as drawing:
+                _sample(None, model, tokenizer, some, brief, run.seed)
+            seconds.append(drawing.seconds)
+        token = (seconds[1] - seconds[0]) / TIMED_TOKENS
+        return len(some) * settings.num_samples, seconds[0] + (tokens - 1) * token
+
+    batch, text, batch_size = drawing_rates(*map(draw, BATCH_SIZES))
+    with Stopwatch() as training:
+        step = _train(run, model, tokenizer, groups, THRESHOLDS, replace(settings, steps=2))[2]
+    enter = [_characters(problem, groups, thresholds, settings) for thresholds in ({}, THRESHOLDS)]
+    return Rates(
+        spent=time.perf_counter() - start,
+        # the figure at the end solves about as often as the tables at the beginning
+        fixed=MODELS * loading.seconds + 2 * (training.seconds - sum(step)) + labels_seconds,
+        steps=step[1] * sum(enter) / enter[1],
+        batch=batch,
+        text=text,
+        batch_size=batch_size,
+    )
+
+
+def _characters(problem: LabelProblem, groups: Dataset, thresholds: Mapping[str, float], settings: Settings) -> int:
+    """Length of the prompts and of the responses whose weight lets them enter the model under `thresholds`."""
+    multipliers = problem.solve(thresholds).multipliers
+    weights = mopo_weights(problem.win_rate, problem.group, multipliers, tau=settings.tau)
+    texts = [text for responses in groups["responses"] for text in responses]
+    entering = sum(len(texts[i]) for i in (weights > settings.min_weight).nonzero()[:, 0].tolist())
+    return entering + sum(map(len, groups["prompt"]))
+
+
+class Stopwatch:
+    """Seconds that a `with` block takes."""
+
+    seconds: float
+
+    def __enter__(self) -> Stopwatch:
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """`count` of the prompts, evenly over the list."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 # ------------------------------------------------------------------------------------------------ data and training
@@ -212,20 +323,38 @@ def _tiny_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return LlamaForCausalLM(config), tokenizer
 
 
+def _stage(
+    run: Run,
+    name: str,
+    thresholds: Mapping[str, float] | None,
+    groups: Dataset,
+    prompts: Sequence[str],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Texts, training log and seconds of one model; the base model has no thresholds and no training."""
+    with Stopwatch() as stage:
+        model, tokenizer = _load_model(run.tiny, run.seed)
+        log: list[dict[str, Any]] = []
+        if thresholds is not None:
+            run.console.print(f"Training: {name} {_describe(thresholds)}", style="bold", soft_wrap=True)
+            model, log, _ = _train(run, model, tokenizer, groups, thresholds, settings)
+        texts = _sample(f"Sampling: {name}", model, tokenizer, prompts, settings, run.seed)
+    return {"texts": texts, "log": log, "seconds": stage.seconds}
+
+
 def _train(
+    run: Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     groups: Dataset,
     thresholds: Mapping[str, float],
     settings: Settings,
-    seed: int,
-    output: Path,
-) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The model with a trained LoRA adapter merged into it, and the training log."""
-    set_seed(seed)
+) -> tuple[PreTrainedModel, list[dict[str, Any]], list[float]]:
+    """The model with a trained LoRA adapter merged into it, the training log, and the seconds of every step."""
+    set_seed(run.seed)
     adapter = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
     args = MOPOConfig(
-        output_dir=str(output / "trainer"),
+        output_dir=str(run.output / "trainer"),
         primary=PRIMARY,
         thresholds=[f"{name}={value}" for name, value in thresholds.items()],
         tau=settings.tau,
@@ -236,20 +365,21 @@ def _train(
         per_device_train_batch_size=settings.groups_per_micro_batch,
         gradient_accumulation_steps=settings.micro_batches,
         learning_rate=settings.learning_rate,
-        seed=seed,
+        seed=run.seed,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = MOPOTrainer(model, args, train_dataset=groups, processing_class=tokenizer, peft_config=adapter)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress())
+    bar = Bar()
+    trainer.add_callback(bar)
     trainer.train()
-    return trainer.model.merge_and_unload(), trainer.state.log_history
+    return trainer.model.merge_and_unload(), trainer.state.log_history, bar.seconds
 
 
 def _sample(
-    name: str,
+    description: str | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
@@ -262,12 +392,25 @@ def _sample(
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=seed,
+        batch_size=settings.batch_size,
     )
-    return sample_responses(model, tokenizer, prompts, how, description=f"Sampling: {name}")
+    return sample_responses(model, tokenizer, prompts, how, description=description)
 
 
-class Progress(ProgressCallback):
-    """The Trainer's progress bar, with the last loss and speed behind it instead of a line per log."""
+class Bar(ProgressCallback):
+    """The Trainer's progress bar, with the last loss and speed behind it instead of a line per log; times the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+        super().on_step_end(*args, **kwargs)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any

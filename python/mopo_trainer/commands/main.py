@@ -7,6 +7,7 @@ a model library. Wrong input ends with one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ a first session:
   mopo solve labels.jsonl --primary helpful    which thresholds the labels allow, what each costs
   mopo solve labels.jsonl --primary helpful --threshold harmless=0.6
   mopo train config.yaml --max_steps 300       train under these thresholds
-  mopo demo                                    all of this on a small real model, about ten minutes on a CPU
+  mopo demo                                    all of this on a small real model, within ten minutes
   mopo profile                                 where the time of the fused LM head goes on this machine
 
 `mopo COMMAND --help` explains each with examples.  A traceback instead of one line: --debug or MOPO_DEBUG=1.
@@ -74,9 +75,14 @@ The hypervolume is measured from the reference point 0.
 
 DEMO_EXAMPLES = """\
 examples:
-  mopo demo                        SmolLM2-135M-Instruct, three conflicting objectives, under 10 minutes on 2 cores
-  mopo demo --steps 100            longer training
+  mopo demo                        SmolLM2-135M-Instruct, three conflicting objectives, within 10 minutes
+  mopo demo --minutes 3            fewer steps, prompts and texts
+  mopo demo --minutes 60 --steps 100
+                                   longer training
   mopo demo --tiny                 a random tiny model, seconds: does everything run?
+
+A few tokens and training steps are timed first; steps, prompts and texts are then as many as fit.  The command given
+again after a demo was stopped goes on where it was, with the sizes that it chose.
 """
 
 DOCTOR_EXAMPLES = """\
@@ -220,7 +226,10 @@ def _add_demo(commands: Any) -> None:
         description="Train SmolLM2-135M-Instruct with and without thresholds and compare what it writes.",
         epilog=DEMO_EXAMPLES,
     )
-    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=10.0, metavar="M", help="how long it may take on this machine (default 10)"
+    )
+    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run (default: what fits)")
     parser.add_argument("--tiny", action="store_true", help="a random tiny model, seconds")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     _add_output(parser, "runs/demo", "tables, figures and texts")
@@ -311,6 +320,16 @@ def _positive(text: str) -> int:
     return number
 
 
+def _minutes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
 def _eps(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
@@ -365,7 +384,7 @@ def _label_problem(args: argparse.Namespace) -> Any:
 def _demo(args: argparse.Namespace) -> int:
     from mopo_trainer.commands.demo import run_demo
 
-    return run_demo(steps=args.steps, tiny=args.tiny, seed=args.seed, output=args.output)
+    return run_demo(minutes=args.minutes, steps=args.steps, tiny=args.tiny, seed=args.seed, output=args.output)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -3,11 +3,13 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import asdict
 
 import pytest
 
 from mopo_trainer.commands import demo
-from mopo_trainer.commands.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, verdict
+from mopo_trainer.commands.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, spread, verdict
+from mopo_trainer.commands.demo_budget import Journal, Rates, Sizes, describe, fit
 from mopo_trainer.report.evaluate import Interval
 
 
@@ -73,6 +75,64 @@ def test_tables_are_printed(run):
     _, printed = run
     for expected in ("What the labels allow", "Win rate against the base model", f"{MOPO} − {ALONE}", "s in all"):
         assert expected in printed
+
+
+def test_the_choice_is_reported(run):
+    output, printed = run
+    budget = json.loads((output / "results.json").read_text())["budget"]
+    rates, sizes = Rates(**budget["rates"]), Sizes(**budget["sizes"])
+    assert sizes == fit(rates, 10, Sizes(steps=3, prompts=3, num_samples=2), keep_steps=True)
+    assert sizes == Sizes(steps=3, prompts=3, num_samples=2)  # the whole of the tiny demo
+    assert budget["predicted"] == pytest.approx(sizes.seconds(rates))
+    assert rates.steps > 0
+    assert rates.text > 0
+    assert rates.batch_size == 6  # there are no more texts
+    assert describe(rates, sizes, 10) in printed
+
+
+def test_a_demo_that_was_stopped_goes_on_with_its_choice(tmp_path, monkeypatch, capsys):
+    """Stopped before MOPO's training: the second run times nothing, trains MOPO alone, and ends as one run would."""
+    stages, choices, stage = [], [], demo._stage
+
+    def stopped_at_mopo(run, name, *rest):
+        stages.append(name)
+        if stages == [BASE, ALONE, MOPO]:
+            raise KeyboardInterrupt
+        return stage(run, name, *rest)
+
+    def one_choice(*arguments, **options):
+        choices.append(fit(*arguments, **options))
+        assert len(choices) == 1, "the second run measured again"
+        return choices[0]
+
+    monkeypatch.setattr(demo, "_stage", stopped_at_mopo)
+    monkeypatch.setattr(demo, "fit", one_choice)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tiny=True, steps=2, output=tmp_path)
+    journal = json.loads((tmp_path / "progress.json").read_text())
+    assert set(journal["done"]) == {BASE, ALONE}
+    assert run_demo(tiny=True, steps=2, output=tmp_path) == 0
+    assert stages == [BASE, ALONE, MOPO, MOPO]
+    assert "Going on with what" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["budget"]["rates"] == journal["rates"]
+    assert results["budget"]["sizes"] == journal["sizes"] == asdict(choices[0])
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [row[ALONE] for row in rows] == journal["done"][ALONE]["texts"]
+    assert not (tmp_path / "progress.json").exists()
+
+
+def test_another_demo_does_not_go_on_with_it(tmp_path):
+    options = {"minutes": 10, "seed": 0}
+    journal = Journal.of(tmp_path / "progress.json", options)
+    journal.decide(Rates(1, 2, 3, 4, 5, 64), Sizes(1, 2, 2))
+    assert Journal.of(journal.path, options).decision == (Rates(1, 2, 3, 4, 5, 64), Sizes(1, 2, 2))
+    assert Journal.of(journal.path, {**options, "minutes": 3}).decision is None
+
+
+def test_fewer_prompts_are_spread_over_all():
+    assert spread(list("abcdefgh"), 3) == ["a", "c", "f"]
+    assert spread(list("abc"), 3) == ["a", "b", "c"]
 
 
 def test_compare_sees_a_longer_and_friendlier_model():

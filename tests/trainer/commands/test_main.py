@@ -93,7 +93,9 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options) or 0)
     assert main(["demo", "--tiny", "--steps", "3", "--seed", "7", "--output", str(tmp_path)]) == 0
-    assert calls == [{"steps": 3, "tiny": True, "seed": 7, "output": tmp_path}]
+    assert main(["demo", "--minutes", "2.5"]) == 0
+    assert calls[0] == {"minutes": 10, "steps": 3, "tiny": True, "seed": 7, "output": tmp_path}
+    assert calls[1]["minutes"] == 2.5
 
 
 @pytest.fixture
@@ -154,6 +156,8 @@ def files(tmp_path, monkeypatch):
         ("frobnicate", "invalid choice: 'frobnicate'"),
         ("--frobnicate", "unknown argument '--frobnicate' (see mopo --help)"),
         ("profile --rows 0", "'0' is not a positive whole number"),
+        ("demo --minutes 0", "'0' is not a positive number"),
+        ("demo --minutes long", "'long' is not a positive number"),
         ("demo --steps 0", "'0' is not a positive whole number"),
         ("train missing.yaml", "missing.yaml: No such file or directory"),
     ],
