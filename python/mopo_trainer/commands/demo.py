@@ -68,7 +68,7 @@ SCORERS = {name: BUILT_IN[name] for name in OBJECTIVES}
 BASE, ALONE, MOPO = "base", "primary alone", "MOPO"
 # Texts drawn together. A larger batch reads the weights once for more texts: 48 prompts × 4 on one core took 202 s of
 # CPU time in batches of 32, 146 in 64, 109 in 192. What is faster on a machine is tried on a few tokens.
-BATCH_SIZES = (64, 192)
+BATCH_SIZES = (32, 192)
 TIMED_TOKENS = 3
 
 
@@ -216,7 +216,7 @@ class Run:
 def _measure(
     run: Run, problem: LabelProblem, groups: Dataset, prompts: Sequence[str], settings: Settings, start: float
 ) -> Rates:
-    """Times a few tokens of sampling in batches of each size, and the second step of a training under thresholds."""
+    """Times a few tokens of sampling in batches of each size, and two steps of a training under thresholds."""
     run.console.print("Timing a few tokens and two training steps on this machine", style="dim")
     labels_seconds = time.perf_counter() - start
     with Stopwatch() as loading:
@@ -225,25 +225,24 @@ def _measure(
     tokens = float(np.mean([min(len(x) + 1, settings.max_new_tokens) for x in ids]))
 
     def draw(batch_size: int) -> tuple[int, float]:
-        """How many texts a batch holds, and its seconds."""
-        some, seconds = prompts[: max(1, batch_size // settings.num_samples)], []
-        for count in (1, 1 + TIMED_TOKENS):
-            brief = replace(settings, batch_size=batch_size, max_new_tokens=count)
-            with Stopwatch() as drawing:
-                _sample(None, model, tokenizer, some, brief, run.seed)
-            seconds.append(drawing.seconds)
-        token = (seconds[1] - seconds[0]) / TIMED_TOKENS
-        return len(some) * settings.num_samples, seconds[0] + (tokens - 1) * token
+        """How many texts a batch holds, and its seconds: those of its prompts, and of every token after the first."""
+        some, ends = prompts[: max(1, batch_size // settings.num_samples)], [time.perf_counter()]
+        brief = replace(settings, batch_size=batch_size, max_new_tokens=1 + TIMED_TOKENS)
+        hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+        _sample(None, model, tokenizer, some, brief, run.seed)
+        hook.remove()
+        token = (ends[-1] - ends[1]) / TIMED_TOKENS
+        return len(some) * settings.num_samples, ends[1] - ends[0] + (tokens - 1) * token
 
     batch, text, batch_size = drawing_rates(*map(draw, BATCH_SIZES))
     with Stopwatch() as training:
-        step = _train(run, model, tokenizer, groups, THRESHOLDS, replace(settings, steps=2))[2]
+        timed = _train(run, model, tokenizer, groups, THRESHOLDS, replace(settings, steps=2))[2]
     enter = [_characters(problem, groups, thresholds, settings) for thresholds in ({}, THRESHOLDS)]
     return Rates(
         spent=time.perf_counter() - start,
         # the figure at the end solves about as often as the tables at the beginning
-        fixed=MODELS * loading.seconds + 2 * (training.seconds - sum(step)) + labels_seconds,
-        steps=step[1] * sum(enter) / enter[1],
+        fixed=MODELS * loading.seconds + 2 * (training.seconds - sum(timed)) + labels_seconds,
+        steps=min(timed) * sum(enter) / enter[1],  # the other one warmed up, or was held up by other work
         batch=batch,
         text=text,
         batch_size=batch_size,
