@@ -493,8 +493,8 @@ def _interval(values: Mapping[str, Any], spec: str = ".2f") -> str:
 
 
 def _print_texts(console: Console, prompts: Sequence[str], texts: Mapping[str, Sequence[Sequence[str]]]) -> None:
-    """The first sample of three prompts, spread over the held-out ones: chosen by position, not by content."""
-    for i in (0, len(prompts) // 2, len(prompts) - 1):
+    """The first sample of up to three prompts, spread over the held-out ones: chosen by position, not by content."""
+    for i in sorted({0, len(prompts) // 2, len(prompts) - 1}):
         table = Table(title=prompts[i], title_justify="left", show_header=False, show_lines=True)
         table.add_column(style="bold", no_wrap=True)
         table.add_column()
