@@ -5,11 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "contract.h"
 
@@ -34,7 +34,13 @@ inline DType dtype_of(const std::string& name) {
     throw std::invalid_argument("dtype '" + name + "' is none of float32, bfloat16, float16, float64");
 }
 
-inline void check_rows(int64_t rows, std::initializer_list<Address> per_row) {
+// So many arrays, or one more.
+inline void check_count(const std::vector<Address>& per_row, size_t count) {
+    if (per_row.size() != count && per_row.size() != count + 1)
+        throw std::invalid_argument(std::to_string(per_row.size()) + " per-row arrays are none of what the kernel takes");
+}
+
+inline void check_rows(int64_t rows, const std::vector<Address>& per_row) {
     for (Address address : per_row)
         if (rows > 0 && !address) throw std::invalid_argument("a per-row array is missing");
 }
@@ -50,14 +56,22 @@ inline Tile tile_of(const Tensor& logits, int64_t rows, int64_t columns, int64_t
             pointer<const void>(bias),   pointer<const int64_t>(target)};
 }
 
-inline Statistics statistics_of(const Tile& tile, Address maximum, Address total, Address chosen) {
-    check_rows(tile.rows, {maximum, total, chosen});
-    return {pointer<double>(maximum), pointer<double>(total), pointer<double>(chosen)};
+// maximum, total, chosen, and weighted where the entropy is asked for.
+inline Statistics statistics_of(const Tile& tile, const std::vector<Address>& running) {
+    check_count(running, 3);
+    check_rows(tile.rows, running);
+    return {pointer<double>(running[0]), pointer<double>(running[1]), pointer<double>(running[2]),
+            running.size() > 3 ? pointer<double>(running[3]) : nullptr};
 }
 
-inline GradientRows gradient_of(const Tile& tile, Address lse, Address coefficient, Address out, int64_t row_stride) {
-    check_rows(tile.columns > 0 ? tile.rows : 0, {lse, coefficient, out});
-    return {pointer<const double>(lse), pointer<const double>(coefficient), pointer<void>(out), row_stride};
+// lse, coefficient, and lse_coefficient where there is one.
+inline GradientRows gradient_of(const Tile& tile, const std::vector<Address>& per_row, Address out,
+                                int64_t row_stride) {
+    check_count(per_row, 2);
+    check_rows(tile.columns > 0 ? tile.rows : 0, per_row);
+    check_rows(tile.columns > 0 ? tile.rows : 0, {out});
+    return {pointer<const double>(per_row[0]), pointer<const double>(per_row[1]),
+            per_row.size() > 2 ? pointer<const double>(per_row[2]) : nullptr, pointer<void>(out), row_stride};
 }
 
 inline Floats floats(const Tensor& tensor) {

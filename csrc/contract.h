@@ -39,17 +39,19 @@ struct Tile {
     const int64_t* target;  // [rows] column of each row's target in the whole vocabulary; negative: skip the row
 };
 
-// Running statistics of each row, float64: start at -inf, 0, -inf and fold tiles in any order.
+// Running statistics of each row, float64: start at -inf, 0, -inf, 0 and fold tiles in any order.
 struct Statistics {
     double* maximum;  // [rows] of z
     double* total;  // [rows] sum of exp(z - maximum)
     double* chosen;  // [rows] z of the target
+    double* weighted;  // [rows] sum of exp(z - maximum) * (z - maximum), or null: nobody asks for the entropy
 };
 
 // What a tile's gradient is made of, and where it goes: rows of `out` are `row_stride` elements apart.
 struct GradientRows {
     const double* lse;  // [rows]
-    const double* coefficient;  // [rows]
+    const double* coefficient;  // [rows] of logp
+    const double* lse_coefficient;  // [rows], or null: 0
     void* out;
     int64_t row_stride;
 };

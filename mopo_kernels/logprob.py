@@ -6,13 +6,14 @@ The functions here check their arguments, flatten leading dimensions and hand ov
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mopo_kernels import backends
 from mopo_kernels.backends import reference
+from mopo_kernels.backends.reference import RowValues
 from mopo_kernels.backends.transforms import refuse_transforms
 from mopo_kernels.checks import (
     check_choice,
@@ -23,7 +24,7 @@ from mopo_kernels.checks import (
     check_target,
     token_ids,
 )
-from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.call import HeadCall, HeadInputs, Outputs
 from mopo_kernels.head.engines import choose_backend
 from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.policy import run_total_logprob
@@ -42,27 +43,37 @@ def linear_logprob(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     reduction: Literal["none", "sum", "mean"] = "none",
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_hit: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
-) -> Tensor:  # [*], or [] with a reduction
+) -> Any:  # Tensor [*], or [] with a reduction; a tuple of it and what else is asked for
     """log softmax(hidden · weightᵀ) at the target token, per row; differentiable in hidden, weight and bias.
 
         z = (hidden · weightᵀ + bias) · logit_scale;   z = softcap · tanh(z / softcap);   z = z / temperature
-        logp = z[target] − log Σ_v exp z_v
+        lse = log Σ_v exp z_v;   logp = z[target] − lse;   entropy = lse − Σ_v p_v z_v,   p = exp(z − lse)
+
+    Class weights and label smoothing are out of scope; logp is per row, so a weight is a factor of it.
 
     Args:
         hidden: hidden states [*, H], any floating dtype. Rows whose target is ignored are not read.
         weight: LM head [V, H], same dtype and device as `hidden`.
         target: token ids [*], integers in [0, V) or `ignore_index`.
-        bias: [V] or None. −inf masks a token out of the vocabulary.
+        bias: [V] or None. −inf masks a token out of the vocabulary, with a softcap too.
         temperature: > 0, divides the logits.
         softcap: > 0 or None, bounds the logits smoothly (Gemma 2).
         logit_scale: multiplies the logits before the softcap (Cohere; Granite's divisor is 1 / logit_scale).
         ignore_index: target value of rows that do not count.
         reduction: "sum" or "mean" over the rows that count (0 if none does). What every row's gradient is multiplied by
             is then known beforehand, so gradients are formed while the logits are there: 6·N·H·V flops for N rows. With
-            "none" a trainable head's logits are formed again in the backward, 8·N·H·V, unless all of them, N × V, fit
-            `workspace_bytes`.
+            "none", or where more is returned, a trainable head's logits are formed again in the backward, 8·N·H·V,
+            unless all of them, N × V, fit `workspace_bytes`.
+        return_lse: return lse [*] too, per row whatever the reduction, differentiable as logp is: the z-loss of other
+            libraries is a factor times lse**2, summed or averaged over the rows that count.
+        return_entropy: return the softmax's entropy [*] in nats too, without gradient.
+        return_hit: return too whether no token has a larger z than the target, bool [*]: ties are hits, and the mean
+            over the rows that count is the accuracy of the arg-max.
         workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
             float32); None is 64 MiB on CPUs, a 64th of its memory but at least 512 MiB on a GPU. More makes blocks of
             more rows, faster to multiply.
@@ -70,10 +81,12 @@ def linear_logprob(
 
     Returns:
         logp [*], natural logarithm, float32 (float64 for float64 inputs), 0 where the target is ignored; or its sum or
-        mean [].
+        mean []. Where more is asked for, a tuple: logp, then lse, entropy and hit, those asked for, in this order; 0 or
+        False where the target is ignored.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; a target out of range; NaN hidden states or weights.
+        ValueError: shapes, dtypes or devices that do not fit; a target out of range; NaN hidden states or weights; a
+            row that masks every token.
     """
     check_choice("reduction", reduction, ("none", "sum", "mean"))
     call = HeadCall.of(
@@ -83,16 +96,18 @@ def linear_logprob(
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,
         average=reduction == "mean",
+        outputs=Outputs(return_lse, return_entropy, return_hit),
     )
     inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend)
     check_target(inputs.target, weight.shape[0], ignore_index)
-    if reduction != "none" and any(call.needs) and call.backend != "reference":
+    if reduction != "none" and any(call.needs) and call.backend != "reference" and not any(call.outputs):
         return run_total_logprob(inputs.flattened(), call)
-    logp = _rows(inputs, call)
+    rows = _rows(inputs, call)
     if reduction == "none":
-        return logp
-    total = logp.sum(dtype=torch.float64)
-    return (total / (inputs.target != ignore_index).sum().clamp(min=1) if call.average else total).to(logp.dtype)
+        return _returned(rows, call.outputs)
+    total = rows.logp.sum(dtype=torch.float64)
+    total = total / (inputs.target != ignore_index).sum().clamp(min=1) if call.average else total
+    return _returned(rows._replace(logp=total.to(rows.logp.dtype)), call.outputs)
 
 
 def token_logprob(
@@ -102,40 +117,49 @@ def token_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_hit: bool = False,
     overwrite_logits: bool = False,
     backend: str | None = None,
-) -> Tensor:  # [*]
+) -> Any:  # Tensor [*]; a tuple of it and what else is asked for
     """log softmax(logits) at the target token, per row; differentiable in `logits`.
 
     For models that hand out logits only; `linear_logprob` needs far less memory where the hidden states can be had.
 
     Args:
-        logits: [*, V], any floating dtype. Rows whose target is ignored are not read. Leading dimensions that do not
-            collapse, as those of logits[:, :-1], cost a copy: ignore the last position's target instead.
-        target, temperature, softcap, ignore_index, backend: as in `linear_logprob`.
+        logits: [*, V], any floating dtype; −inf masks a token. Rows whose target is ignored are not read. Leading
+            dimensions that do not collapse, as those of logits[:, :-1], cost a copy: ignore the last position's target
+            instead.
+        target, temperature, softcap, ignore_index, return_lse, return_entropy, return_hit, backend: as in
+            `linear_logprob`.
         overwrite_logits: let the backward write the gradient over the logits, which saves a second [*, V] tensor. For
             logits that nobody reads afterwards: an operator that saved them raises an error in its backward, as after
             any operation in place. Without effect on the reference backend and under torch.compile.
 
     Returns:
-        logp [*], natural logarithm, float32 (float64 for float64 logits), 0 where the target is ignored.
+        logp [*], natural logarithm, float32 (float64 for float64 logits), 0 where the target is ignored; a tuple where
+        more is asked for, as from `linear_logprob`.
 
     Raises:
-        ValueError: shapes that do not fit; a target out of range; NaN logits.
+        ValueError: shapes that do not fit; a target out of range; NaN logits; a row that masks every token.
     """
     target = token_ids(target)
     check_logits(logits, target)
-    call = HeadCall.of(temperature=temperature, softcap=softcap, ignore_index=ignore_index)
+    outputs = Outputs(return_lse, return_entropy, return_hit)
+    call = HeadCall.of(temperature=temperature, softcap=softcap, ignore_index=ignore_index, outputs=outputs)
     call = call.on(backends.choose("token_logprob", logits.device.type, backend).backend)
     refuse_transforms("token_logprob", call.backend, logits, target)
     check_target(target, logits.shape[-1], ignore_index)
-    rows, targets = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    flat, targets = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     if call.backend == "reference":
-        logp = reference.logits_logprob(rows, targets, call.transform, ignore_index)
-        check_result(logp, logits=logits)
+        rows = reference.logits_rows(
+            flat, targets, call.transform, ignore_index, entropy=return_entropy, hit=return_hit
+        )
+        check_result(rows.logp, logits=logits)
     else:
-        logp = run_logits_logprob(rows, targets, call, overwrite_logits=overwrite_logits)
-    return logp.reshape(target.shape)
+        rows = run_logits_logprob(flat, targets, call, overwrite_logits=overwrite_logits)
+    return _returned(_shaped(rows, target), outputs)
 
 
 def sequence_logprob(
@@ -190,7 +214,7 @@ def enter(inputs: HeadInputs, call: HeadCall, backend: str | None) -> tuple[Head
 
 def sequence_totals(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]
     """`sequence_logprob` of checked arguments."""
-    logp = _rows(inputs, call)
+    logp = _rows(inputs, call).logp
     asked = backends.if_it_has("sequence_sums", call.backend)
     name = backends.choose("sequence_sums", logp.device.type, asked).backend
     if name == "reference":
@@ -200,12 +224,25 @@ def sequence_totals(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]
     return (sums / counts.clamp(min=1) if call.average else sums).to(logp.dtype)
 
 
-def _rows(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [*]
-    """`linear_logprob` of checked arguments."""
-    flat = inputs.flattened()
+def _rows(inputs: HeadInputs, call: HeadCall) -> RowValues:  # [*] each
+    """`linear_logprob` of checked arguments, without reduction."""
+    flat, options = inputs.flattened(), (call.transform, call.ignore_index, call.workspace_bytes)
     if call.backend == "reference":
-        logp = reference.head_logprob(*flat, call.transform, call.ignore_index, call.workspace_bytes)
-        check_result(logp, hidden=flat.hidden, weight=flat.weight, bias=flat.bias)
+        rows = reference.head_rows(*flat, *options, entropy=call.outputs.entropy, hit=call.outputs.hit)
+        check_result(rows.logp, hidden=flat.hidden, weight=flat.weight, bias=flat.bias)
     else:
-        logp = run_head_logprob(flat, call)
-    return logp.reshape(inputs.target.shape)
+        rows = run_head_logprob(flat, call)
+    return _shaped(rows, inputs.target)
+
+
+def _shaped(rows: RowValues, target: Tensor) -> RowValues:
+    """As the target; what nobody asked for has no rows."""
+    return RowValues(*(x.reshape(target.shape) if x.numel() == target.numel() else x for x in rows))
+
+
+def _returned(rows: RowValues, outputs: Outputs) -> Any:
+    """logp, or a tuple of it and what is asked for; lse comes in float64 from the engines."""
+    if not any(outputs):
+        return rows.logp
+    values = rows.lse.to(rows.logp.dtype), rows.entropy, rows.hit
+    return rows.logp, *(x for x, asked in zip(values, outputs, strict=True) if asked)

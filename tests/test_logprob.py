@@ -1,6 +1,7 @@
 """linear_logprob, token_logprob, sequence_logprob against an independent float64 formula, and their errors."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from shapes import SHAPES
 
 from mopo_kernels import linear_logprob, sequence_logprob, token_logprob
+from mopo_kernels.backends import triton
 
 OPTIONS = [  # each option alone, then all together
     {},
@@ -135,6 +137,177 @@ def test_all_rows_ignored():
     assert all((g == 0).all() for g in torch.autograd.grad(logp.sum(), (hidden, weight)))
 
 
+EVERYTHING = {"return_lse": True, "return_entropy": True, "return_hit": True}
+needs_triton = pytest.mark.skipif(bool(triton.UNAVAILABLE), reason=triton.UNAVAILABLE)
+of_backends = pytest.mark.parametrize("backend", [None, "reference", pytest.param("triton", marks=needs_triton)])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@of_backends
+def test_lse_entropy_and_hit_are_those_of_the_softmax(options, backend):
+    options = {**options, "backend": backend}
+    hidden, weight, bias, target = make(12, 4, 9, bias=options.pop("bias", False))
+    inputs = [x for x in (hidden, weight, bias) if x is not None]
+    logp, lse, entropy, hit = linear_logprob(
+        hidden.view(3, 4, 4), weight, target.view(3, 4), bias=bias, **options, **EVERYTHING
+    )
+    z = (hidden @ weight.T + (0 if bias is None else bias)) * options.get("logit_scale", 1.0)
+    softcap, counts = options.get("softcap"), target.view(3, 4) != -100
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / options.get("temperature", 1.0)
+    z = z.view(3, 4, 9)
+    expected = z.logsumexp(-1).where(counts, 0)
+    torch.testing.assert_close(lse, expected)
+    torch.testing.assert_close(entropy, torch.special.entr(z.softmax(-1)).sum(-1).where(counts, 0))
+    assert torch.equal(hit, (z.argmax(-1) == target.view(3, 4)) & counts)
+    torch.testing.assert_close(logp, linear_logprob(hidden, weight, target, bias=bias, **options).view(3, 4))
+    assert not entropy.requires_grad
+
+    mine = (logp * 0.3 + lse**2).sum()
+    theirs = (z.log_softmax(-1).gather(-1, target.view(3, 4, 1).clamp(min=0))[..., 0] * 0.3).where(counts, 0).sum()
+    theirs = theirs + (expected**2).sum()
+    ours, exact = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (mine, theirs))
+    torch.testing.assert_close(ours, exact)
+
+    logits = ((hidden @ weight.T + (0 if bias is None else bias)) * options.pop("logit_scale", 1.0)).detach()
+    of_logits = token_logprob(logits.requires_grad_(), target, **options, **EVERYTHING)
+    torch.testing.assert_close(of_logits, tuple(x.flatten() for x in (logp, lse, entropy, hit)))
+
+
+@of_backends
+def test_a_tuple_holds_what_is_asked_for_in_its_order(backend):
+    hidden, weight, _, target = make(6, 4, 9)
+    everything = linear_logprob(hidden, weight, target, backend=backend, **EVERYTHING)
+    of_logits = token_logprob(hidden @ weight.T, target, backend=backend, **EVERYTHING)
+    for asked in itertools.product((False, True), repeat=3):
+        options = {**dict(zip(EVERYTHING, asked, strict=True)), "backend": backend}
+        kept = [everything[0], *itertools.compress(everything[1:], asked)]
+        some = linear_logprob(hidden, weight, target, **options)
+        torch.testing.assert_close(list(some) if any(asked) else [some], kept)
+        some = token_logprob(hidden @ weight.T, target, **options)
+        torch.testing.assert_close(list(some) if any(asked) else [some], [of_logits[0], *kept[1:]])
+
+
+@of_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reductions_leave_what_else_is_returned_per_row(backend, dtype):
+    hidden, weight, _, target = make(6, 4, 9, dtype=dtype)
+    options = {"backend": backend, **EVERYTHING}
+    logp, *rows = linear_logprob(hidden, weight, target, **options)
+    assert [x.dtype for x in (logp, *rows)] == [torch.float32] * 3 + [torch.bool]
+    for reduction, expected in (("sum", logp.sum()), ("mean", logp.sum() / (target != -100).sum())):
+        total, *others = linear_logprob(hidden, weight, target, reduction=reduction, **options)
+        torch.testing.assert_close([total, *others], [expected, *rows])
+        losses = (-x + 1e-2 * (y**2).sum() for x, y in ((total, others[0]), (expected, rows[0])))
+        ours, theirs = (torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in losses)
+        torch.testing.assert_close(ours, theirs)
+
+
+@of_backends
+def test_ties_are_hits_masked_tokens_have_no_entropy_and_ignored_rows_nothing(backend):
+    logits = torch.tensor([[2.0, 2.0, -math.inf, 1.0]] * 5)
+    target = torch.tensor([0, 1, 2, 3, -100])
+    logp, lse, entropy, hit = token_logprob(logits, target, backend=backend, **EVERYTHING)
+    p = logits[0].softmax(-1)
+    assert hit.tolist() == [True, True, False, False, False]
+    torch.testing.assert_close(entropy, torch.tensor([torch.special.entr(p).sum()] * 4 + [0.0]))
+    assert lse[4] == logp[4] == 0
+    nothing = torch.full((5,), -100)
+    hidden, weight, _, _ = make(5, 4, 9)
+    results = linear_logprob(hidden, weight, nothing, backend=backend, **EVERYTHING)
+    assert all((x == 0).all() for x in results)
+    assert all((x == 0).all() for x in torch.autograd.grad(results[1].sum(), (hidden, weight)))
+
+
+@of_backends
+def test_gradcheck_of_lse(backend):
+    rows = 2 if backend == "triton" else 6  # interpreted
+    hidden, weight, bias, target = make(rows, 2, rows + 1, bias=True)
+
+    def values(h, w, b):
+        return linear_logprob(h, w, target, bias=b, softcap=3.0, temperature=0.8, backend=backend, return_lse=True)
+
+    assert torch.autograd.gradcheck(values, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(lambda h: values(h, weight.detach(), None), (hidden,))
+    assert torch.autograd.gradcheck(
+        lambda z: token_logprob(z, target, softcap=3.0, backend=backend, return_lse=True), (make(rows, rows + 1, 1)[0],)
+    )
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@settings(max_examples=40, deadline=None)
+@given(
+    vocab=st.integers(1, 40),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 300.0]),
+    softcap=st.sampled_from([None, 5.0]),
+    temperature=st.sampled_from([1.0, 0.5]),
+    masked=st.sampled_from([0.0, 0.5]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_one_row_with_every_token_as_its_target(backend, vocab, scale, softcap, temperature, masked, dtype, seed):
+    """All log-probabilities of a softmax say what its lse, entropy and hits are."""
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randn(vocab, generator=generator) * scale
+    row[torch.rand(vocab, generator=generator) < masked] = -math.inf
+    row[0] = scale
+    logits = row.to(dtype).expand(vocab, vocab).clone().requires_grad_()
+    target, options = torch.arange(vocab), {"softcap": softcap, "temperature": temperature, "backend": backend}
+    logp, lse, entropy, hit = token_logprob(logits, target, **options, **EVERYTHING)
+    p = logp.detach().double().exp()
+    tolerance = {"rtol": 2e-5, "atol": 2e-5 * max(1.0, lse[0].item())}
+    torch.testing.assert_close(p.sum(), torch.tensor(1.0).double(), **tolerance)
+    torch.testing.assert_close(entropy.double(), torch.special.entr(p).sum().expand(vocab), **tolerance)
+    assert (entropy >= -tolerance["atol"]).all()
+    assert (lse == lse[0]).all()
+    z = logits[0].detach().double() if softcap is None else softcap * (logits[0].detach().double() / softcap).tanh()
+    z = torch.where(logits[0].isinf(), -math.inf, z) / temperature
+    torch.testing.assert_close(lse[0].double(), z.logsumexp(0), **tolerance)
+    assert torch.equal(hit, logp == logp.max())
+    (gradient,) = torch.autograd.grad(lse.sum(), logits)
+    bend = 1 if softcap is None else 1 - (logits[0].detach().double() / softcap).tanh() ** 2
+    tolerance["rtol"] += torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.double(), (p * bend / temperature).expand(vocab, vocab), **tolerance)
+
+
+@needs_triton
+def test_the_cut_kernels_say_hits_and_leave_lse_and_entropy_to_tiles():
+    hidden, weight, bias, target = make(6, 4, 9, bias=True, dtype=torch.float32)
+    results = []
+    for backend in ("cut", "reference"):
+        options = {"bias": bias, "softcap": 3.0, "backend": backend}
+        logp, *rows = linear_logprob(hidden, weight, target, **options, **EVERYTHING)
+        _, hit = linear_logprob(hidden, weight, target, return_hit=True, **options)
+        gradients = torch.autograd.grad((logp + rows[0] ** 2).sum(), (hidden, weight, bias))
+        results.append([logp, *rows, hit, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_lse_is_differentiable_once_by_an_engine_and_again_by_the_reference():
+    hidden, weight, _, target = make(6, 4, 9)
+    for backend in (None, "reference"):
+        lse = linear_logprob(hidden, weight, target, backend=backend, return_lse=True)[1]
+        gradient = torch.autograd.grad((lse**2).sum(), weight, create_graph=True)[0]
+        if backend == "reference":
+            assert torch.autograd.grad(gradient.sum(), weight)[0].abs().sum() > 0
+        else:
+            with pytest.raises(RuntimeError, match=r"differentiable once.*backend='reference'"):
+                torch.autograd.grad(gradient.sum(), weight)
+
+
+def test_batched_gradients_and_a_bounded_reference_under_a_transform():
+    hidden, weight, _, target = make(3, 4, 9)
+    for reduction in ("none", "sum"):
+        results = []
+        for backend in (None, "reference"):
+            logp = linear_logprob(hidden, weight, target, backend=backend, reduction=reduction)
+            upstream = torch.arange(float(2 * logp.numel()), dtype=torch.float64).view(2, *logp.shape)
+            results.append(torch.autograd.grad(logp, (hidden, weight), upstream, is_grads_batched=True))
+        torch.testing.assert_close(*results)
+    bounded = functools.partial(linear_logprob, target=target, backend="reference", workspace_bytes=60)
+    got = torch.func.grad(lambda w: bounded(hidden, w).sum())(weight.detach())
+    torch.testing.assert_close(got, torch.autograd.grad(bounded(hidden, weight).sum(), weight)[0])
+
+
 def test_infinite_and_huge_logits():
     logits = torch.tensor([[-math.inf, 0.0, 1.0], [3e38, 0.0, -3e38], [-math.inf, 2.0, -math.inf]], requires_grad=True)
     logp = token_logprob(logits, torch.tensor([2, 0, 1]))
@@ -158,7 +331,7 @@ MASKED = torch.tensor([2, 7, 8])  # the first is a target
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backend", [None, "reference"])
+@of_backends
 def test_a_masked_token_has_probability_zero_and_no_gradient_whatever_the_options(options, backend):
     """And the others share the mass as a head without it would: its target alone has the log-probability −∞."""
     hidden, weight, _, target = make(6, 4, 9)
@@ -190,7 +363,7 @@ def test_a_masked_token_has_probability_zero_and_no_gradient_whatever_the_option
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("backend", [None, "reference"])
+@of_backends
 def test_what_is_not_finite_is_named_under_a_softcap_too(softcap, backend):
     hidden, weight, _, target = make(3, 4, 9)
     options = {"softcap": softcap, "backend": backend}
@@ -261,7 +434,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize("backend", [None, "reference"])
+@of_backends
 @pytest.mark.parametrize(("wrong", "message"), BAD, ids=[message[:30] for _, message in BAD])
 def test_inputs_that_are_not_finite_are_named(wrong, message, backend, reduction):
     good = {"hidden": torch.randn(3, 4, requires_grad=True), "weight": torch.randn(9, 4)}
@@ -315,7 +488,7 @@ def test_forward_mode_is_refused_too():
         ).tangent.any()
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@of_backends
 def test_vmap_is_refused_by_the_name_of_the_op(backend):
     hidden, weight, _, target = (x if x is None else x.detach() for x in make(3, 4, 9))
     linear = functools.partial(linear_logprob, backend=backend)

@@ -1,11 +1,11 @@
-"""The README's loss example must run as it stands."""
+"""The examples of the README and of docs/inputs.md must run as they stand."""
 
 import re
 from pathlib import Path
 
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README, INPUTS = ((Path(__file__).parents[1] / name).read_text() for name in ("README.md", "docs/inputs.md"))
 
 
 def test_the_plain_loop_runs():
@@ -16,5 +16,12 @@ def test_the_plain_loop_runs():
     exec(loop, scope)
     assert scope["head"].weight.grad.abs().sum() > 0
     exec(log_probs, scope)
+    logits = scope["head"](scope["hidden"]).float()
     torch.testing.assert_close(scope["nll"], -scope["logp"].mean())
+    torch.testing.assert_close(scope["entropy"], torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.equal(scope["hit"], logits.argmax(-1) == scope["target"])
+    (z_loss,) = re.findall(r"```python\n(.*?)```", INPUTS, re.S)
+    exec(z_loss, scope)
+    torch.testing.assert_close(scope["loss"], scope["nll"] + 1e-4 * logits.logsumexp(-1).square().mean())
+    assert scope["loss"].requires_grad
     assert torch.allclose(scope["dual"].multipliers[0], torch.tensor(1.0, dtype=torch.float64))

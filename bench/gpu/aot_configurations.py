@@ -79,18 +79,19 @@ def recorded() -> Iterator[list[Configuration]]:
 
 
 def of_fold() -> list[Configuration]:
-    """Those of all dtypes and options, of vocabularies that are whole vectors and not, of few rows and many."""
+    """Those of all dtypes and options, of vocabularies that are whole vectors and not, of few rows and many; with
+    entropies and the gradient of lse, and without."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     with recorded() as found:
-        for dtype, softcap, with_bias in itertools.product(dtypes, (False, True), (False, True)):
+        for dtype, softcap, with_bias, extra in itertools.product(dtypes, *[(False, True)] * 3):
             for rows, columns in ((8192, 151936), (4, 50257)):
                 logits, target = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, dtype=torch.int64)
                 bias = torch.empty(columns, dtype=torch.promote_types(dtype, torch.float32)) if with_bias else None
                 tile = Tile(logits, target, Transform(1.0, 1.0, softcap), bias=bias)
                 per_row = torch.empty(rows, dtype=torch.float64)
-                fold_statistics(tile, Statistics(per_row, per_row, per_row))
+                fold_statistics(tile, Statistics(per_row, per_row, per_row, per_row if extra else None))
                 for out in (logits, torch.empty(rows, columns + 1, dtype=dtype)[:, :-1]):
-                    fold_gradient(tile, per_row, per_row, out)
+                    fold_gradient(tile, per_row, per_row, out, per_row if extra else None)
         for dtype in dtypes:
             scale_in_place(
                 torch.empty(2**20, dtype=dtype), torch.empty((), dtype=torch.promote_types(dtype, torch.float32))

@@ -76,12 +76,14 @@ def _read(report: str) -> list[Resources]:
 
 
 def _readable(mangled: str) -> str:
-    """The kernel of a mangled name, with the element type if it is a template."""
+    """The kernel of a mangled name, with its element type if it is a template, and whether it computes more."""
     types = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
-    match = re.search(r"\d([a-z_]+_kernel)(?:I(\w+?)E)?", mangled)
+    match = re.search(r"\d([a-z_]+_kernel)(?:I(\w+?)(Lb[01])?E)?", mangled)
     if match is None:
         raise ValueError(f"no kernel in {mangled!r}")
-    return match[1] if match[2] is None else f"{match[1]}<{types[match[2]]}>"
+    if match[2] is None:
+        return match[1]
+    return f"{match[1]}<{types[match[2]]}{', more' if match[3] == 'Lb1' else ''}>"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 #include "batch.h"
 #include "fold.h"
 
-#include <array>
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -31,17 +29,17 @@ int threads_of(int64_t queue) {
     return static_cast<int>(queue);
 }
 
-void statistics(const Tile& tile, const Transform& transform, std::array<Address, 3> running, Address, int64_t queue) {
-    const Statistics statistics = statistics_of(tile, running[0], running[1], running[2]);
+void statistics(const Tile& tile, const Transform& transform, const std::vector<Address>& running, Address,
+                int64_t queue) {
+    const Statistics statistics = statistics_of(tile, running);
     const int threads = threads_of(queue);
     const py::gil_scoped_release release;
     fold_statistics(tile, transform, statistics, threads);
 }
 
-void gradient(const Tile& tile, const Transform& transform, std::pair<Address, Address> lse_and_coefficient,
-              Address out, int64_t row_stride, int64_t queue) {
-    const auto [lse, coefficient] = lse_and_coefficient;
-    const GradientRows gradient = gradient_of(tile, lse, coefficient, out, row_stride);
+void gradient(const Tile& tile, const Transform& transform, const std::vector<Address>& per_row, Address out,
+              int64_t row_stride, int64_t queue) {
+    const GradientRows gradient = gradient_of(tile, per_row, out, row_stride);
     const int threads = threads_of(queue);
     const py::gil_scoped_release release;
     fold_gradient(tile, transform, gradient, threads);

@@ -61,14 +61,17 @@ void fold_statistics(const Tile& tile, const Transform& transform, const Statist
     const int64_t element = element_size(tile.dtype);
     const int64_t bias_element = tile.dtype == DType::float64 ? 8 : 4;
     const char* bias = static_cast<const char*>(tile.bias);
+    const bool has_weighted = statistics.weighted != nullptr;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, ROWS_AT_A_TIME)
     for (int64_t row = 0; row < tile.rows; ++row) {
         if (tile.target[row] < 0) continue;
         const char* x = row_of(tile, row);
-        kernels.statistics[type](x, tile.columns, bias, transform, statistics.maximum + row, statistics.total + row);
+        const Statistics of_row{statistics.maximum + row, statistics.total + row, statistics.chosen + row,
+                                has_weighted ? statistics.weighted + row : nullptr};
+        kernels.statistics[has_weighted][type](x, tile.columns, bias, transform, of_row);
         const int64_t target = tile.target[row] - tile.first_column;
         if (target >= 0 && target < tile.columns)
-            statistics.chosen[row] =
+            *of_row.chosen =
                 kernels.value[type](x + target * element, bias ? bias + target * bias_element : nullptr, transform);
     }
 }
@@ -78,10 +81,13 @@ void fold_gradient(const Tile& tile, const Transform& transform, const GradientR
     const int type = static_cast<int>(tile.dtype);
     const int64_t out_bytes = gradient.row_stride * element_size(tile.dtype);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, ROWS_AT_A_TIME)
-    for (int64_t row = 0; row < tile.rows; ++row)
-        kernels.gradient[type](row_of(tile, row), tile.columns, tile.bias, transform, gradient.lse[row],
-                               gradient.coefficient[row], tile.target[row] - tile.first_column,
-                               static_cast<char*>(gradient.out) + row * out_bytes);
+    for (int64_t row = 0; row < tile.rows; ++row) {
+        const RowGradient of_row{gradient.lse[row], gradient.coefficient[row],
+                                 gradient.lse_coefficient ? gradient.lse_coefficient[row] : 0,
+                                 tile.target[row] - tile.first_column,
+                                 static_cast<char*>(gradient.out) + row * out_bytes};
+        kernels.gradient[type](row_of(tile, row), tile.columns, tile.bias, transform, of_row);
+    }
 }
 
 void vector_exp(const float* x, float* y, int64_t size) { kernels_of(current_isa()).exp(x, y, size); }

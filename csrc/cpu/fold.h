@@ -23,8 +23,9 @@ struct float16 {
 // Floor: each logit read once.
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, int threads);
 
-// out = coefficient * (onehot(target) - exp(z - lse)) * dz/dlogit; `out` may be the tile itself. Rows of coefficient 0
-// become 0 whatever they hold. Floor: each logit read once, each gradient written once.
+// out = (coefficient * (onehot(target) - p) + lse_coefficient * p) * dz/dlogit with p = exp(z - lse); `out` may be the
+// tile itself. Rows whose coefficients are 0 become 0 whatever they hold. Floor: each logit read
+// once, each gradient written once.
 void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, int threads);
 
 // e^x elementwise as the kernels compute it, for the accuracy tests.
@@ -36,12 +37,20 @@ Isa current_isa();
 bool isa_supported(Isa isa);
 void choose_isa(Isa isa);
 
+// What the gradient of one row is made of.
+struct RowGradient {
+    double lse, coefficient, lse_coefficient;
+    int64_t target;  // may lie outside
+    void* out;
+};
+
 // Row kernels of one instruction set, by tile dtype (indexed by DType).
 struct RowKernels {
-    void (*statistics[4])(const void* row, int64_t columns, const void* bias, const Transform& transform,
-                          double* maximum, double* total);
-    void (*gradient[4])(const void* row, int64_t columns, const void* bias, const Transform& transform, double lse,
-                        double coefficient, int64_t target, void* out);
+    // Without the weighted sum, and with it.
+    void (*statistics[2][4])(const void* row, int64_t columns, const void* bias, const Transform& transform,
+                             const Statistics& of_row);
+    void (*gradient[4])(const void* row, int64_t columns, const void* bias, const Transform& transform,
+                        const RowGradient& gradient);
     double (*value[4])(const void* logit, const void* bias, const Transform& transform);  // z of one logit
     void (*exp)(const float* x, float* y, int64_t size);
     void (*tanh)(const float* x, float* y, int64_t size);

@@ -63,25 +63,37 @@ inline typename V::scalar transform_chunk(const T* x, int64_t first, int count, 
     return V::max(largest);
 }
 
-template <class V, class T>
-void statistics_row(const void* row, int64_t columns, const void* bias, const Transform& t, double* maximum,
-                    double* total) {
+constexpr int NOTHING = -1000;  // exp of it is 0, and so is its product with it
+
+template <class V, class T, bool WEIGHTED>
+void statistics_row(const void* row, int64_t columns, const void* bias, const Transform& t, const Statistics& of_row) {
     using scalar = typename V::scalar;
     const LogitTransform<V> transform(bias, t);
     const double lowest = -std::numeric_limits<double>::infinity();
+    double* const maximum = of_row.maximum;
+    double* const total = of_row.total;
     alignas(64) scalar z[CHUNK];
     for (int64_t first = 0; first < columns; first += CHUNK) {
         const int count = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
         const double largest = transform_chunk<V>(static_cast<const T*>(row), first, count, transform, z);
         if (largest > *maximum) {
-            if (*total > 0) *total *= PortableDouble::exp(*maximum - largest);
+            if (*total > 0) {
+                const double shrunk = PortableDouble::exp(*maximum - largest);
+                if constexpr (WEIGHTED) *of_row.weighted = (*of_row.weighted + *total * (*maximum - largest)) * shrunk;
+                *total *= shrunk;
+            }
             *maximum = largest;
         }
         // Where all are -inf so far, any finite shift gives the sum 0, and lets NaN through.
         const auto shift = V::set(*maximum == lowest ? scalar(0) : static_cast<scalar>(*maximum));
-        auto sum = V::set(0);
-        for (int i = 0; i < count; i += V::width) sum = V::add(sum, V::exp(V::sub(V::load(z + i), shift)));
+        auto sum = V::set(0), weighted = V::set(0);
+        for (int i = 0; i < count; i += V::width) {
+            const auto below = V::sub(V::load(z + i), shift), exponential = V::exp(below);
+            sum = V::add(sum, exponential);
+            if constexpr (WEIGHTED) weighted = V::add(weighted, V::mul(exponential, V::max(V::set(NOTHING), below)));
+        }
         *total += V::sum(sum);
+        if constexpr (WEIGHTED) *of_row.weighted += V::sum(weighted);
     }
 }
 
@@ -100,10 +112,10 @@ struct Shift {
           low(V::set(static_cast<typename V::scalar>(lse - static_cast<typename V::scalar>(lse)))) {}
 };
 
-// coefficient * dz/dlogit * (onehot - exp(z - lse)) of one vector.
-template <class V>
-inline typename V::reg gradient(typename V::reg scaled, typename V::reg onehot, const LogitTransform<V>& transform,
-                                typename V::reg factor, const Shift<V>& lse) {
+// factor * bend * f(p) of one vector, with p = exp(z - lse) and bend = 1 - tanh^2 under a softcap, else 1.
+template <class V, class F>
+inline typename V::reg gradient(typename V::reg scaled, const LogitTransform<V>& transform, typename V::reg factor,
+                                const Shift<V>& lse, F f) {
     auto slope = factor;
     auto z = scaled;
     if (transform.softcap) {
@@ -111,34 +123,43 @@ inline typename V::reg gradient(typename V::reg scaled, typename V::reg onehot, 
         z = transform.capped(scaled, tanh);
         slope = V::mul(factor, V::sub(V::set(1), V::mul(tanh, tanh)));
     }
-    return V::mul(slope, V::sub(onehot, V::exp(V::sub(V::sub(z, lse.high), lse.low))));
+    return V::mul(slope, f(V::exp(V::sub(V::sub(z, lse.high), lse.low))));
 }
 
 template <class V, class T>
-void gradient_row(const void* row, int64_t columns, const void* bias, const Transform& t, double lse,
-                  double coefficient, int64_t target, void* out) {
+void gradient_row(const void* row, int64_t columns, const void* bias, const Transform& t, const RowGradient& of_row) {
     using scalar = typename V::scalar;
     const auto* x = static_cast<const T*>(row);
-    auto* y = static_cast<T*>(out);
+    auto* y = static_cast<T*>(of_row.out);
     const LogitTransform<V> transform(bias, t);
-    const auto factor = V::set(static_cast<scalar>(coefficient * t.inner * (t.softcap ? t.outer : 1.0)));
-    const Shift<V> shift(lse);
-    const auto zero = V::set(0);
+    const auto factor = [&](double coefficient) {
+        return V::set(static_cast<scalar>(coefficient * t.inner * (t.softcap ? t.outer : 1.0)));
+    };
+    const Shift<V> shift(of_row.lse);
+    const auto p = [](auto probability) { return probability; };
+    const auto not_p = [](auto probability) { return V::sub(V::set(1), probability); };
+    const int64_t target = of_row.target;
     const bool has_target = target >= 0 && target < columns;
-    const auto at_target =
-        has_target ? gradient(transform.scaled(V::load(x + target, 1, 0), target, 1), V::set(1), transform, factor, shift)
-                   : zero;  // before x is overwritten
+    auto at_target = V::set(0);
+    if (has_target) {  // before x is overwritten
+        const auto scaled = transform.scaled(V::load(x + target, 1, 0), target, 1);
+        at_target = gradient(scaled, transform, factor(of_row.coefficient), shift, not_p);
+        if (of_row.lse_coefficient != 0)
+            at_target = V::add(at_target, gradient(scaled, transform, factor(of_row.lse_coefficient), shift, p));
+    }
     int64_t i = 0;
-    if (coefficient == 0) {
+    if (of_row.coefficient == 0 && of_row.lse_coefficient == 0) {
+        const auto zero = V::set(0);
         for (; i + V::width <= columns; i += V::width) V::store(y + i, zero);
         if (i < columns) V::store(y + i, zero, static_cast<int>(columns - i));
         return;
     }
+    const auto others = factor(of_row.lse_coefficient - of_row.coefficient);
     for (; i + V::width <= columns; i += V::width)
-        V::store(y + i, gradient(transform.scaled(V::load(x + i), i), zero, transform, factor, shift));
+        V::store(y + i, gradient(transform.scaled(V::load(x + i), i), transform, others, shift, p));
     if (i < columns) {
         const int count = static_cast<int>(columns - i);
-        V::store(y + i, gradient(transform.scaled(V::load(x + i, count, 0), i, count), zero, transform, factor, shift),
+        V::store(y + i, gradient(transform.scaled(V::load(x + i, count, 0), i, count), transform, others, shift, p),
                  count);
     }
     if (has_target) V::store(y + target, at_target, 1);
@@ -158,7 +179,10 @@ void map_row(const float* x, float* y, int64_t size) {
 template <class V, class D>
 constexpr RowKernels row_kernels() {
     return {
-        {statistics_row<V, float>, statistics_row<V, bfloat16>, statistics_row<V, float16>, statistics_row<D, double>},
+        {{statistics_row<V, float, false>, statistics_row<V, bfloat16, false>, statistics_row<V, float16, false>,
+          statistics_row<D, double, false>},
+         {statistics_row<V, float, true>, statistics_row<V, bfloat16, true>, statistics_row<V, float16, true>,
+          statistics_row<D, double, true>}},
         {gradient_row<V, float>, gradient_row<V, bfloat16>, gradient_row<V, float16>, gradient_row<D, double>},
         {value_of<V, float>, value_of<V, bfloat16>, value_of<V, float16>, value_of<D, double>},
         map_row<V, V::exp>,

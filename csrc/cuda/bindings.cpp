@@ -2,8 +2,6 @@
 // `queue` is a stream.
 #include "../arguments.h"
 
-#include <array>
-
 #include "batch.h"
 #include "fold.h"
 
@@ -13,17 +11,15 @@ namespace {
 
 cudaStream_t stream_of(int64_t queue) { return pointer<CUstream_st>(static_cast<Address>(queue)); }
 
-void statistics(const Tile& tile, const Transform& transform, std::array<Address, 3> running, Address scratch,
+void statistics(const Tile& tile, const Transform& transform, const std::vector<Address>& running, Address scratch,
                 int64_t queue) {
     check_rows(statistics_scratch(tile), {scratch});
-    fold_statistics(tile, transform, statistics_of(tile, running[0], running[1], running[2]), pointer<double>(scratch),
-                    stream_of(queue));
+    fold_statistics(tile, transform, statistics_of(tile, running), pointer<double>(scratch), stream_of(queue));
 }
 
-void gradient(const Tile& tile, const Transform& transform, std::pair<Address, Address> lse_and_coefficient,
-              Address out, int64_t row_stride, int64_t queue) {
-    const auto [lse, coefficient] = lse_and_coefficient;
-    fold_gradient(tile, transform, gradient_of(tile, lse, coefficient, out, row_stride), stream_of(queue));
+void gradient(const Tile& tile, const Transform& transform, const std::vector<Address>& per_row, Address out,
+              int64_t row_stride, int64_t queue) {
+    fold_gradient(tile, transform, gradient_of(tile, per_row, out, row_stride), stream_of(queue));
 }
 
 void sums(const Sequences& sequences, Address sums, Address counts, int64_t queue) {

@@ -15,8 +15,9 @@ int64_t statistics_scratch(const Tile& tile);
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, double* scratch,
                      cudaStream_t stream);
 
-// out = coefficient * (onehot(target) - exp(z - lse)) * dz/dlogit; `out` may be the tile itself. Rows of coefficient 0
-// become 0 and are not read. Floor: each logit read once, each gradient written once.
+// out = (coefficient * (onehot(target) - p) + lse_coefficient * p) * dz/dlogit with p = exp(z - lse); `out` may be the
+// tile itself. Rows whose coefficients are 0 become 0 and are not read. Floor: each logit read once,
+// each gradient written once.
 void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, cudaStream_t stream);
 
 }  // namespace mopo

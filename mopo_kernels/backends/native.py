@@ -60,15 +60,15 @@ class Native:
 
     def fold_statistics(self, tile: Tile, statistics: Statistics) -> None:
         native, transform = self._tile(tile)
-        maximum, total, chosen = statistics
-        with self._queue(maximum) as queue:
-            scratch = _scratch(maximum, self.module.statistics_scratch(native))
-            running = (maximum.data_ptr(), total.data_ptr(), chosen.data_ptr())
-            self.module.statistics(native, transform, running, scratch.data_ptr(), queue)
+        with self._queue(statistics.maximum) as queue:
+            scratch = _scratch(statistics.maximum, self.module.statistics_scratch(native))
+            self.module.statistics(native, transform, _addresses(*statistics), scratch.data_ptr(), queue)
 
-    def fold_gradient(self, tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor) -> None:
+    def fold_gradient(
+        self, tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor, lse_coefficient: Tensor | None = None
+    ) -> None:
         native, transform = self._tile(tile)
-        per_row = (lse.data_ptr(), coefficient.data_ptr())
+        per_row = _addresses(lse, coefficient, lse_coefficient)
         with self._queue(lse) as queue:
             self.module.gradient(native, transform, per_row, out.data_ptr(), out.stride(0), queue)
 
@@ -131,6 +131,11 @@ def _stream(x: Tensor) -> Iterator[int]:
 def _scratch(like: Tensor, size: int) -> Tensor:
     """Working memory; the allocator gives it to nobody else before the stream has passed the kernels that use it."""
     return like.new_empty(size)
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    """Of those that there are: what is optional comes last."""
+    return [x.data_ptr() for x in tensors if x is not None]
 
 
 def _typed(x: Tensor) -> tuple[int, str]:

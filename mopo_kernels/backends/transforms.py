@@ -14,7 +14,7 @@ def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     interpreters = _functorch.get_interpreter_stack() or []
-    if interpreters and any(_is_batched(x) for x in tensors if x is not None):
+    if interpreters and any(is_batched(x) for x in tensors if x is not None):
         raise RuntimeError(
             f"{op} looks at the values of its arguments, which torch.func.vmap hides; call it once with all rows"
         )
@@ -27,9 +27,14 @@ def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _is_batched(x: Tensor) -> bool:
+def is_active() -> bool:
+    return not torch.compiler.is_compiling() and bool(_functorch.get_interpreter_stack())
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for many under vmap, as gradients do in torch.autograd.grad(..., is_grads_batched=True)."""
     while _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
             return True
         x = _functorch.get_unwrapped(x)
-    return False
+    return _functorch.is_legacy_batchedtensor(x)

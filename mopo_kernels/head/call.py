@@ -5,7 +5,7 @@ Torch's operators take neither, so `HeadCall.flat` and `HeadCall.unflat` stand o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +18,17 @@ from mopo_kernels.checks import check_positive
 
 Needs = tuple[bool, bool, bool]  # whether the gradients of hidden, weight and bias are asked for
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
+
+
+class Outputs(NamedTuple):
+    """What is asked for beside the log-probabilities."""
+
+    lse: bool = False
+    entropy: bool = False
+    hit: bool = False
+
+
+NOTHING_ELSE = Outputs()
 
 
 class HeadInputs(NamedTuple):
@@ -66,6 +77,9 @@ class _Flat(NamedTuple):
     needs_hidden: float
     needs_weight: float
     needs_bias: float
+    lse: float
+    entropy: float
+    hit: float
     backend: float  # its place in the table
 
 
@@ -79,6 +93,7 @@ class HeadCall:
     workspace_bytes: int | None = None  # None: as much as the device's default
     needs: Needs = (False, False, False)
     average: bool = False  # over the rows of a sequence that count
+    outputs: Outputs = NOTHING_ELSE
 
     @classmethod
     def of(
@@ -90,6 +105,7 @@ class HeadCall:
         logit_scale: float = 1.0,
         workspace_bytes: int | None = None,
         average: bool = False,
+        outputs: Outputs = NOTHING_ELSE,
     ) -> HeadCall:
         """The options as a caller gives them.
 
@@ -100,11 +116,11 @@ class HeadCall:
         if workspace_bytes is not None and workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
         transform = Transform.of(temperature, softcap, logit_scale)
-        return cls(transform, ignore_index, workspace_bytes=workspace_bytes, average=average)
+        return cls(transform, ignore_index, workspace_bytes=workspace_bytes, average=average, outputs=outputs)
 
     def on(self, backend: str, needs: Needs = (False, False, False)) -> HeadCall:
         """The same call, which this backend runs."""
-        return HeadCall(self.transform, self.ignore_index, backend, self.workspace_bytes, needs, self.average)
+        return replace(self, backend=backend, needs=needs)
 
     def flat(self) -> list[float]:
         """The call as an operator takes it."""
@@ -117,6 +133,7 @@ class HeadCall:
             needs_hidden=self.needs[0],
             needs_weight=self.needs[1],
             needs_bias=self.needs[2],
+            **self.outputs._asdict(),
             backend=names.index(self.backend),
         )
         return [float(x) for x in flat]
@@ -136,4 +153,5 @@ def _unflat(numbers: tuple[float, ...]) -> HeadCall:
         workspace_bytes=int(flat.workspace_bytes) or None,
         needs=(bool(flat.needs_hidden), bool(flat.needs_weight), bool(flat.needs_bias)),
         average=bool(flat.average),
+        outputs=Outputs(bool(flat.lse), bool(flat.entropy), bool(flat.hit)),
     )

@@ -27,7 +27,9 @@ class CutEngine:
     def statistics(self, rows: Rows) -> Statistics:
         return cut.cut_statistics(self._block(rows))
 
-    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor) -> None:
+    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor, lse_coefficient: Tensor | None = None) -> None:
+        if lse_coefficient is not None:
+            raise NotImplementedError("the cut kernels have no gradient of lse: give the call to the tile engine")
         gradients = cut.cut_gradients(self._block(rows), lse, coefficient, self.call.needs)
         if self.grad_hidden is not None and gradients[0] is not None:
             put(self.grad_hidden, rows, gradients[0])

@@ -31,8 +31,8 @@ class Engine(Protocol):
     def statistics(self, rows: Rows) -> Statistics:
         """The statistics of a block of rows."""
 
-    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor) -> None:
-        """Add ∂(Σ coefficient · logp) of a block of rows; both float64."""
+    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor, lse_coefficient: Tensor | None = None) -> None:
+        """Add ∂(Σ coefficient · logp + Σ lse_coefficient · lse) of a block of rows; all float64."""
 
     def finish(self) -> Gradients:
         """The sums, in the dtypes of hidden, weight and bias; None where not needed."""
@@ -41,10 +41,13 @@ class Engine(Protocol):
 def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None) -> str:
     """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them.
 
-    Rates are not asked under torch.compile: a choice by sizes would compile anew for each of them.
+    With lse or entropies the cut kernels would spill registers: such calls go to Triton's tile engine. Rates are not
+    asked under torch.compile: a choice by sizes would compile anew for each of them.
     """
     weight = inputs.weight
     choice = backends.choose("linear_logprob", weight.device.type, asked, weight.dtype)
+    if call.outputs.lse or call.outputs.entropy:
+        return "triton" if choice.backend == "cut" else choice.backend
     if choice.requested or choice.backend == "reference" or cut.UNAVAILABLE or torch.compiler.is_compiling():
         return choice.backend
     rates = rates_of(weight.device, weight.dtype)
@@ -81,8 +84,12 @@ def fused_gradients(
     target: Tensor,  # [N]
     blocks: Sequence[Rows],  # whole groups where the coefficients need them
     coefficient: Callable[[Rows, Tensor], Tensor],  # (rows, their logp, float64) → ∂L/∂logp, float64
+    record: Callable[[Rows, Statistics], None] = lambda rows, statistics: None,
 ) -> Tensor:  # [N] float64, 0 where no block has the row
-    """Log-probabilities and, in the same pass, the gradients of a loss whose ∂L/∂logp needs one block's logp only."""
+    """Log-probabilities and, in the same pass, the gradients of a loss whose ∂L/∂logp needs one block's logp only.
+
+    `record` is handed the statistics of all rows.
+    """
     logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
     for rows in blocks:
         parts = split(rows, engine.row_block) if count(rows) > engine.row_block else [rows]
@@ -90,6 +97,7 @@ def fused_gradients(
         for part in parts:
             statistics = engine.statistics(part)
             logp[part] = statistics.logp
+            record(part, statistics)
             lse.append(statistics.lse)
         weights = coefficient(rows, logp[rows]).split(engine.row_block)
         for part, part_lse, part_weights in zip(parts, lse, weights, strict=True):

@@ -6,14 +6,16 @@ Arguments are validated and flattened at the door (logprob.py). What the operato
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mopo_kernels.backends.fold import Statistics
 from mopo_kernels.backends.memory import new_empty
+from mopo_kernels.backends.reference import RowValues
 from mopo_kernels.checks import check_result
-from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
+from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs, Outputs
 from mopo_kernels.head.engines import Engine, can_keep, fused_gradients, make_engine
 from mopo_kernels.head.plan import accumulate_dtype, compute_dtype, plan_for
 from mopo_kernels.head.rows import Rows, count, rows_that_count
@@ -22,21 +24,41 @@ from mopo_kernels.head.tiles import TileEngine
 Present = tuple[Tensor, Tensor, Tensor]  # gradients of hidden, weight and bias; [0] where not needed
 
 
-def run_head_logprob(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [N]
-    """What `reference.head_logprob` computes, by an engine."""
+def row_values(statistics: Statistics, outputs: Outputs) -> RowValues:
+    """What is said of rows, in the arithmetic of their statistics."""
+    logp, lse = statistics.logp, statistics.lse
+    entropy = statistics.entropy if outputs.entropy else logp.new_empty(0)
+    return RowValues(logp, lse, entropy, statistics.hit if outputs.hit else logp.new_empty(0, dtype=torch.bool))
+
+
+def no_values(target: Tensor, outputs: Outputs) -> RowValues:
+    """Zeros of all rows, before any is recorded."""
+    logp, lse = (torch.zeros(target.shape, dtype=torch.float64, device=target.device) for _ in range(2))
+    entropy = torch.zeros_like(logp) if outputs.entropy else logp.new_empty(0)
+    return RowValues(logp, lse, entropy, torch.zeros_like(logp if outputs.hit else logp[:0], dtype=torch.bool))
+
+
+def returned(values: RowValues, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As an operator returns them: lse keeps the precision that its backward needs."""
+    return values.logp.to(dtype), values.lse, values.entropy.to(dtype), values.hit
+
+
+def run_head_logprob(inputs: HeadInputs, call: HeadCall) -> RowValues:
+    """What `reference.head_rows` computes, by an engine."""
     save = _what_to_save(inputs, call)
     forward = call if save == "grad_hidden" else call.on(call.backend)  # the gradients that the forward forms
-    return head_logprob(*inputs, forward.flat(), save)[0]
+    return RowValues(*head_logprob(*inputs, forward.flat(), save)[:4])
 
 
 def _what_to_save(inputs: HeadInputs, call: HeadCall) -> str:
     """What the forward leaves for the backward.
 
     "grad_hidden": ∂logp/∂hidden, which upstream gradients only scale row by row: where nothing else is asked for (a
-    frozen head, LoRA) it is formed in the forward's pass. "logits": where they fit the workspace. Else "nothing".
+    frozen head, LoRA) it is formed in the forward's pass; lse has another one. "logits": where they fit the workspace.
+    Else "nothing".
     """
     needs_hidden, needs_weight, needs_bias = call.needs
-    if not (needs_weight or needs_bias):
+    if not (needs_weight or needs_bias or (needs_hidden and call.outputs.lse)):
         return "grad_hidden" if needs_hidden else "nothing"
     return "logits" if can_keep(inputs, call) else "nothing"
 
@@ -49,17 +71,25 @@ def head_logprob(
     target: Tensor,  # [N]
     call: list[float],
     save: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logp[N], lse[N] (float64) and what is saved: grad_hidden[N, H], logits[N, V] (counted rows first) or [0]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp[N], lse[N] (float64), entropy[N] and hit[N], which are [0] where nobody asks, and what is saved.
+
+    That is grad_hidden[N, H], logits[N, V] (counted rows first) or [0].
+    """
     inputs, options = HeadInputs(hidden, weight, bias, target.contiguous()), HeadCall.unflat(call)
     rows = rows_that_count(inputs.target, options.ignore_index)
     engine: Engine
     blocks: Sequence[Rows]
-    logp = torch.zeros(target.shape, dtype=torch.float64, device=target.device)
-    lse, saved = torch.zeros_like(logp), weight.new_empty(0)
+    values, saved = no_values(target, options.outputs), weight.new_empty(0)
+
+    def record(rows: Rows, statistics: Statistics) -> None:
+        for whole, part in zip(values, row_values(statistics, options.outputs), strict=True):
+            if len(whole) > 0:
+                whole[rows] = part
+
     if save == "grad_hidden":
         engine, blocks = make_engine(inputs, options, rows, "fused")
-        logp = fused_gradients(engine, inputs.target, blocks, lambda _, logp: torch.ones_like(logp))
+        fused_gradients(engine, inputs.target, blocks, lambda _, logp: torch.ones_like(logp), record)
         saved = present(engine.finish(), weight)[0]
     else:
         if save == "logits":
@@ -69,22 +99,20 @@ def head_logprob(
         else:
             engine, blocks = make_engine(inputs, options, rows, "recompute")
         for block in blocks:
-            statistics = engine.statistics(block)
-            logp[block], lse[block] = statistics.logp, statistics.lse
-    check_result(logp, hidden=hidden, weight=weight, bias=bias)
-    return logp.to(accumulate_dtype(weight.dtype)), lse, saved
+            record(block, engine.statistics(block))
+    check_result(values.logp, hidden=hidden, weight=weight, bias=bias)
+    return *returned(values, accumulate_dtype(weight.dtype)), saved
 
 
 @head_logprob.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: list[float], save: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    logp = hidden.new_empty(target.shape, dtype=accumulate_dtype(weight.dtype))
-    lse = hidden.new_empty(target.shape, dtype=torch.float64)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = returned(no_values(target, HeadCall.unflat(call).outputs), accumulate_dtype(weight.dtype))
     if save == "grad_hidden":
-        return logp, lse, torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        return *rows, torch.empty_like(hidden, memory_format=torch.contiguous_format)
     dtype = compute_dtype(weight) if save == "logits" else weight.dtype
-    return logp, lse, weight.new_empty(_kept_shape(target, weight, save), dtype=dtype)
+    return *rows, weight.new_empty(_kept_shape(target, weight, save), dtype=dtype)
 
 
 def _kept_shape(target: Tensor, weight: Tensor, save: str) -> tuple[int, ...]:
@@ -93,7 +121,7 @@ def _kept_shape(target: Tensor, weight: Tensor, save: str) -> tuple[int, ...]:
 
 @torch.library.custom_op("mopo_kernels::linear_logprob_backward", mutates_args=())
 def head_logprob_backward(
-    grad_logp: Tensor,  # [N]
+    upstream: Tensor,  # [1, N] by logp, or [2, N] by logp and lse
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -111,15 +139,15 @@ def head_logprob_backward(
         engine = TileEngine(inputs, options, plan, blocks=blocks, kept=logits, holds=rows)
     else:
         engine, blocks = make_engine(inputs, options, rows, "recompute")
-    coefficient = grad_logp.double().contiguous()
+    coefficients = upstream.double().contiguous()
     for block in blocks:
-        engine.add(block, lse[block], coefficient[block])
+        engine.add(block, lse[block], *(x[block] for x in coefficients))
     return present(engine.finish(), weight)
 
 
 @head_logprob_backward.register_fake
 def _(
-    grad_logp: Tensor,
+    upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -129,6 +157,13 @@ def _(
     call: list[float],
 ) -> Present:
     return fake_gradients(HeadInputs(hidden, weight, bias, target), call)
+
+
+def upstream_of(grad_logp: Tensor | None, grad_lse: Tensor | None) -> Tensor:  # [1 or 2, N]
+    """By logp, and by lse where that has one: one tensor, which vmap can batch."""
+    if grad_lse is None:
+        return cast(Tensor, grad_logp).unsqueeze(0)
+    return torch.stack([torch.zeros_like(grad_lse) if grad_logp is None else grad_logp.to(grad_lse.dtype), grad_lse])
 
 
 def present(gradients: Gradients, like: Tensor) -> Present:
@@ -156,24 +191,26 @@ def refuse_double_backward(operator: torch.library.CustomOpDef) -> None:
     operator.register_autograd(refuse)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, ctx.call, ctx.save = inputs
-    _, lse, saved = output
-    ctx.mark_non_differentiable(lse, saved)
+    _, lse, entropy, hit, saved = output
+    ctx.mark_non_differentiable(entropy, hit, saved, *([lse] if ctx.save == "grad_hidden" else []))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, target, lse, saved)
 
 
-def _backward(ctx: Any, grad_logp: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, target, lse, saved = ctx.saved_tensors
     grad_hidden = grad_weight = grad_bias = None
     if grad_logp is not None and ctx.save == "grad_hidden":
         grad_hidden = _scale_rows(saved, grad_logp, hidden)
-    elif grad_logp is not None:
+    elif grad_logp is not None or grad_lse is not None:
         needs = ctx.needs_input_grad[:3]
         call = HeadCall.unflat(ctx.call)
         flat = call.on(call.backend, needs).flat()
-        gradients = head_logprob_backward(grad_logp, hidden, weight, bias, target, lse, saved, flat)
+        gradients = head_logprob_backward(
+            upstream_of(grad_logp, grad_lse), hidden, weight, bias, target, lse, saved, flat
+        )
         grad_hidden, grad_weight, grad_bias = (x if need else None for x, need in zip(gradients, needs, strict=True))
     return grad_hidden, grad_weight, grad_bias, None, None, None
 

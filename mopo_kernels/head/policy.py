@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mopo_kernels.backends import transforms
 from mopo_kernels.checks import check_result
 from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.engines import fused_gradients, make_engine
@@ -110,7 +111,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
 
 def _scale(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient · scale; in place, without a second copy, where the graph that alone holds the gradient is freed."""
-    if type(gradient) is not Tensor:  # a subclass is being traced
+    if type(gradient) is not Tensor or transforms.is_batched(scale):  # a subclass is being traced, or scale is many
         return gradient * scale
     is_kept = torch._C._autograd._get_current_graph_task_keep_graph()
     return multiply(gradient.clone() if is_kept else gradient, scale)

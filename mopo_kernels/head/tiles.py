@@ -67,7 +67,7 @@ class TileEngine:
     def statistics(self, rows: Rows) -> Statistics:
         hidden = take(self.inputs.hidden, rows, self.plan.compute)
         target = self.inputs.target[rows]
-        statistics = Statistics.start(len(target), target.device)
+        statistics = Statistics.start(len(target), target.device, entropy=self.call.outputs.entropy)
         for columns in self._column_blocks():
             tile = self._tile(target, columns)
             self._form(hidden, columns, tile.logits)
@@ -75,7 +75,7 @@ class TileEngine:
         self.holds = rows
         return statistics
 
-    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor) -> None:
+    def add(self, rows: Rows, lse: Tensor, coefficient: Tensor, lse_coefficient: Tensor | None = None) -> None:
         hidden = take(self.inputs.hidden, rows, self.plan.compute)
         target = self.inputs.target[rows]
         grad_hidden = self._hidden_sum(rows, hidden)
@@ -85,7 +85,7 @@ class TileEngine:
             if not has_logits:
                 self._form(hidden, columns, tile.logits)
             grad = tile.logits if self.out is None else self.out[: len(target), : tile.logits.shape[1]]
-            self.fold.fold_gradient(tile, lse, coefficient, grad)
+            self.fold.fold_gradient(tile, lse, coefficient, grad, lse_coefficient)
             if grad_hidden is not None:
                 add_product(grad_hidden, grad, self._panel(columns))
             if self.grad_weight is not None:

@@ -16,7 +16,7 @@ TRANSFORMS = [  # plain; all scales at once; with a softcap that bites
 ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 2**-52}
 
 
-def exact_fold(logits, target, coefficient, transform, bias=None):
+def exact_fold(logits, target, coefficient, transform, bias=None, lse_coefficient=0):
     """lse, z at the target, probabilities and gradient in float64."""
     x = logits.double() if bias is None else logits.double() + bias.double()
     u = transform.inner * x
@@ -25,7 +25,8 @@ def exact_fold(logits, target, coefficient, transform, bias=None):
     p = (z - lse[:, None]).exp()
     slope = transform.inner * (transform.outer * (1 - u.tanh() ** 2) if transform.softcap else 1)
     onehot = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
-    return lse, z.gather(1, target[:, None])[:, 0], p, coefficient[:, None] * (onehot - p) * slope
+    gradient = (coefficient[:, None] * (onehot - p) + torch.as_tensor(lse_coefficient).unsqueeze(-1) * p) * slope
+    return lse, z.gather(1, target[:, None])[:, 0], p, gradient
 
 
 def sparse(size, dtype):

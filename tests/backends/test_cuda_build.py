@@ -153,7 +153,8 @@ def test_the_order_of_threads_changes_no_bit_of_a_fold(emulated, monkeypatch, dt
     target, ones = torch.tensor([3, 8, 9001]) % logits.shape[1], torch.ones(3, dtype=torch.float64)
 
     def run():
-        statistics = fold_statistics(emulated, logits, target, TRANSFORMS[2], None, [77, logits.shape[1] - 77])
+        widths = [77, logits.shape[1] - 77]
+        statistics = fold_statistics(emulated, logits, target, TRANSFORMS[2], None, widths, entropy=True)
         grad = torch.full_like(logits, math.nan)
         emulated.fold_gradient(Tile(logits, target, TRANSFORMS[2]), statistics.lse, ones, grad)
         return *statistics, grad
@@ -171,6 +172,8 @@ def test_the_binding_refuses_what_the_kernels_cannot_take(emulated):
     tile = module.Tile(logits=(1, "float32"), **sizes, bias=0, target=1)
     with pytest.raises(ValueError, match="a per-row array is missing"):
         module.statistics(tile, module.Transform(1.0, 1.0, False), (1, 1, 1), 0, 0)
+    with pytest.raises(ValueError, match="2 per-row arrays are none of what the kernel takes"):
+        module.statistics(tile, module.Transform(1.0, 1.0, False), (1, 1), 1, 0)
     with pytest.raises(ValueError, match="dtype 'int32' is none of"):
         module.Tile(logits=(1, "int32"), **sizes, bias=0, target=1)
 
@@ -322,11 +325,11 @@ REGISTERS = {"statistics_kernel": 85, "gradient_kernel": 85, "sequence_sums_kern
 )
 def test_no_kernel_spills_and_registers_leave_room_for_three_blocks(names):
     resources = cuda_report.kernel_resources(names)
-    assert len(resources) == 12 * len(names)
+    assert len(resources) == 22 * len(names)
     for found in resources:
         assert found.spill_bytes == found.stack_bytes == 0, found
         assert found.registers <= REGISTERS.get(found.kernel.split("<")[0], 168), found
-    assert cuda_report.resource_table(resources).count("\n") == 13
+    assert cuda_report.resource_table(resources).count("\n") == 23
 
 
 @needs_nvcc
@@ -334,7 +337,7 @@ def test_logits_are_read_and_written_16_bytes_at_a_time():
     command = [BUILD["find_nvcc"](), "-ptx", *BUILD["NVCC_FLAGS"], "-arch=compute_90", "csrc/cuda/fold.cu", "-o", "-"]
     ptx = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     kernels = re.findall(r"\.entry \w*?\d(statistics|gradient)_kernel(.*?)\n}", ptx, re.DOTALL)
-    assert len(kernels) == 8
+    assert len(kernels) == 16
     wide = r"\.global\.(v4\.[bfu]32|v2\.[bfu]64)"
     for name, body in kernels:
         assert len(re.findall("ld" + wide, body)) >= 4

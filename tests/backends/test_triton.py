@@ -72,7 +72,7 @@ def per_row(*values):
 
 
 def statistics_of(logits, target, transform, widths):
-    return fold_contract.fold_statistics(backend, logits, target, transform, None, widths)
+    return fold_contract.fold_statistics(backend, logits, target, transform, None, widths, entropy=True)
 
 
 def write_gradient(out, lse, coefficient, logits, target, transform, widths):
@@ -167,7 +167,7 @@ def test_rows_that_do_not_count_are_skipped_or_become_zero(columns):
     logits[1] = 0.5
     target = per_row(-1, 5, -100)
     statistics = statistics_of(logits, target, PLAIN, [columns])
-    fresh = Statistics.start(3, torch.device(DEVICE))
+    fresh = Statistics.start(3, torch.device(DEVICE), entropy=True)
     assert all(torch.equal(x[[0, 2]], y[[0, 2]]) for x, y in zip(statistics, fresh, strict=True))
     assert statistics.lse[1].item() == pytest.approx(0.5 + math.log(columns), rel=2e-6)
     write_gradient(logits, statistics.lse, per_row(0.0, 2.0, 0.0), logits, target, PLAIN, [columns])

@@ -8,7 +8,7 @@ import torch
 
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Transform
-from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.call import HeadCall, HeadInputs, Outputs
 
 NEEDS = list(itertools.product((False, True), repeat=3))
 
@@ -20,6 +20,7 @@ def test_every_option_survives_the_numbers(needs):
         for backend, workspace, average in itertools.product(backends.BACKENDS, (None, 12_345), (False, True))
     ]
     calls.append(HeadCall(Transform(2.5, 1.0, False), 2**40))
+    calls += [HeadCall(Transform(2.5, 1.0, False), 0, outputs=Outputs(*outputs)) for outputs in NEEDS]
     for call in calls:
         numbers = call.flat()
         assert all(type(x) is float for x in numbers)

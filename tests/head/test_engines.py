@@ -1,17 +1,22 @@
 """The engines' protocol, and when the tile engine forms logits again: whenever its tile may hold anything else."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
+from mopo_kernels import backends
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.native import cpu
 from mopo_kernels.backends.triton import cut
-from mopo_kernels.head import products
-from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head import engines, products
+from mopo_kernels.head.call import HeadCall, HeadInputs, Outputs
 from mopo_kernels.head.cut import CutEngine
 from mopo_kernels.head.engines import fused_gradients, make_engine
 from mopo_kernels.head.plan import Plan
 from mopo_kernels.head.products import add_product
+from mopo_kernels.head.rates import Rates
 from mopo_kernels.head.rows import count
 from mopo_kernels.head.tiles import TileEngine
 
@@ -59,12 +64,13 @@ def plan_of(name, dtype=torch.float64):
     return Plan(*blocks, dtype, 0, "a test asks for it", lent=lent)
 
 
-def truth(inputs, rows, coefficient):
-    """Log-probabilities, lse and the gradients of Σ coefficient · logp over `rows`, in float64."""
+def truth(inputs, rows, coefficient, lse_coefficient=0):
+    """Log-probabilities, lse and the gradients of Σ coefficient · logp + lse_coefficient · lse over `rows`: float64."""
     hidden, weight, bias = (x.detach().double().requires_grad_() for x in inputs[:3])
     z = 2.0 * torch.tanh(0.5 * (hidden @ weight.T + bias))
     logp = z.log_softmax(-1).gather(1, inputs.target[:, None])[:, 0]
-    gradients = torch.autograd.grad((coefficient * logp)[rows].sum(), (hidden, weight, bias))
+    loss = (coefficient * logp + lse_coefficient * z.logsumexp(-1))[rows].sum()
+    gradients = torch.autograd.grad(loss, (hidden, weight, bias))
     return logp.detach(), z.detach().logsumexp(-1), gradients
 
 
@@ -181,6 +187,52 @@ def test_both_engines_have_one_protocol(backend):
     assert sum(map(count, blocks)) == 3
     for gradient, x in zip(engine.finish(), gradients, strict=True):
         torch.testing.assert_close(gradient.double(), x, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_tile_engine_has_entropies_hits_and_the_gradient_of_lse(backend):
+    module = backends.BACKENDS[backend]
+    if module.UNAVAILABLE:
+        pytest.skip(module.UNAVAILABLE)
+    inputs, rows = inputs_of(torch.float32), torch.tensor([0, 3, 7, 11])
+    call = replace(call_of(backend=backend), outputs=Outputs(True, True, True))
+    engine, (block,) = make_engine(inputs, call, rows, "fused")
+    statistics = engine.statistics(block)
+    z = 2.0 * torch.tanh(0.5 * (inputs.hidden @ inputs.weight.T + inputs.bias)).double()[rows]
+    torch.testing.assert_close(statistics.entropy, torch.special.entr(z.softmax(-1)).sum(-1), rtol=2e-6, atol=0)
+    assert torch.equal(statistics.hit, z.argmax(-1) == inputs.target[rows])
+    coefficient = torch.linspace(-1, 2, N, dtype=torch.float64), torch.linspace(3, 0, N, dtype=torch.float64)
+    engine.add(block, statistics.lse, *(x[rows] for x in coefficient))
+    for gradient, x in zip(engine.finish(), truth(inputs, rows, *coefficient)[2], strict=True):
+        torch.testing.assert_close(gradient.double(), x, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(bool(cut.UNAVAILABLE), reason=cut.UNAVAILABLE)
+def test_the_cut_engine_has_hits_and_refuses_what_it_cannot():
+    inputs, rows = inputs_of(torch.float32), torch.tensor([0, 3, 7, 11])
+    engine, (block,) = make_engine(inputs, call_of(backend="cut"), rows, "fused")
+    statistics = engine.statistics(block)
+    z = (inputs.hidden @ inputs.weight.T + inputs.bias)[rows]
+    assert torch.equal(statistics.hit, z.argmax(-1) == inputs.target[rows])
+    with pytest.raises(ValueError, match="not started for entropies"):
+        statistics.entropy.sum()
+    with pytest.raises(NotImplementedError, match="no gradient of lse"):
+        engine.add(block, statistics.lse, statistics.lse, statistics.lse)
+
+
+@pytest.mark.skipif(bool(cut.UNAVAILABLE), reason=cut.UNAVAILABLE)
+def test_entropies_and_lse_go_from_the_cut_kernels_to_the_tiles_of_triton(monkeypatch):
+    """Whether the cut kernels are asked for, or rates are for them."""
+    inputs = inputs_of(torch.float32)
+    monkeypatch.setattr(
+        engines, "rates_of", lambda *_: Rates(gemm=1.0, copy=1.0, cut_statistics=9e9, cut_gradients=9e9)
+    )
+    monkeypatch.delenv("MOPO_BACKEND", raising=False)
+    for outputs in (Outputs(*x) for x in itertools.product((False, True), repeat=3)):
+        call = replace(call_of(), outputs=outputs)
+        is_beyond_cut = outputs.lse or outputs.entropy
+        assert engines.choose_backend(inputs, call, "cut") == ("triton" if is_beyond_cut else "cut")
+        assert engines.choose_backend(inputs, call, None) == ("cpu" if is_beyond_cut else "cut")
 
 
 @needs_cpu

@@ -1,5 +1,7 @@
 """The operators as torch sees them: opcheck, torch.compile without graph breaks, autocast, one differentiation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from mopo_kernels import linear_logprob, mopo_loss, token_logprob, win_rate_from
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.native import cpu
 from mopo_kernels.head import plan
-from mopo_kernels.head.call import HeadCall
+from mopo_kernels.head.call import NOTHING_ELSE, HeadCall, Outputs
 from mopo_kernels.head.ops import head_logprob
 from mopo_kernels.head.policy import linear_policy_loss
 from mopo_kernels.objective.steps import STEPS, StepTarget
@@ -31,15 +33,17 @@ def targets():
     return target
 
 
+@pytest.mark.parametrize("outputs", [NOTHING_ELSE, Outputs(True, True, True)])
 @pytest.mark.parametrize("save", ["logits", "nothing", "grad_hidden"])
-def test_opcheck_of_linear_logprob(save):
+def test_opcheck_of_linear_logprob(save, outputs):
     hidden, weight, bias = tensors((S * L, H), (V, H), (V,))
     target = targets().flatten()
     if save == "logits":
         target = target.clamp(min=0)  # rows that do not count leave the last rows of the logits unwritten
     if save == "grad_hidden":
         weight, bias = weight.detach(), None
-    torch.library.opcheck(head_logprob, (hidden, weight, bias, target, CALL, save))
+    call = replace(HeadCall.unflat(CALL), outputs=outputs).flat()
+    torch.library.opcheck(head_logprob, (hidden, weight, bias, target, call, save))
 
 
 @pytest.mark.parametrize("policy_step", STEPS)
@@ -61,6 +65,10 @@ class Model(nn.Module):
     def loss(self, ids, target, policy_step):
         if policy_step == "log-probs":
             return linear_logprob(self.hidden(ids), self.head.weight, target).sum()
+        if policy_step == "z-loss":
+            more = {"return_lse": True, "return_entropy": True, "return_hit": True}
+            logp, lse, entropy, hit = linear_logprob(self.hidden(ids), self.head.weight, target, **more)
+            return (logp + lse**2).sum() + entropy.sum() + hit.sum()
         labels = (win_rate_from_pairs(torch.tensor([[0.2], [0.9], [1.0]])), torch.arange(3).repeat(2), torch.ones(1))
         options = {"tau": 0.3, "eps": 0.05, "policy_step": policy_step, "ref_logp": REF_LOGP}
         return mopo_loss(self.hidden(ids), self.head.weight, target, *labels, **options).loss
@@ -69,7 +77,7 @@ class Model(nn.Module):
         return torch.tanh(self.layer(self.embedding(ids)))
 
 
-@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress", "log-probs"])
+@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress", "log-probs", "z-loss"])
 def test_a_model_with_the_loss_compiles_without_graph_breaks(policy_step):
     torch.manual_seed(0)
     model, target = Model(), targets()

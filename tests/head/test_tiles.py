@@ -158,9 +158,60 @@ def test_memory_of_the_loss_is_workspace_plus_gradients_whatever_the_rows(policy
         assert largest <= max(workspace, 4 * weight.numel(), 4 * hidden.numel())
 
 
+EVERYTHING = {"return_lse": True, "return_entropy": True, "return_hit": True}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 40),
+    v=st.integers(1, 300),
+    workspace=st.integers(1, 200_000),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    frozen=st.sampled_from(["nothing", "weight", "hidden"]),
+    softcap=st.sampled_from([None, 3.0]),
+    upstream=st.sampled_from([(1, 1), (0, 1), (1, None), (None, 1)]),
+    seed=st.integers(0, 10**6),
+)
+def test_what_else_is_returned_in_ragged_shapes_and_workspaces(
+    n, v, workspace, ignored, frozen, softcap, upstream, seed
+):
+    """lse has its own upstream gradient: beside logp's, against it, or alone."""
+    hidden, weight, _, target = make(n, 5, v, torch.float64, seed=seed, ignored=ignored)
+    inputs = [x.requires_grad_(name != frozen) for name, x in (("hidden", hidden), ("weight", weight))]
+    inputs = [x for x in inputs if x.requires_grad]
+    gradients = torch.randn(2, n, dtype=torch.float64)
+    results = []
+    for backend in ("cpu", "reference"):
+        options = {"softcap": softcap, "backend": backend, "workspace_bytes": workspace}
+        logp, lse, entropy, hit = linear_logprob(hidden, weight, target, **options, **EVERYTHING)
+        asked = [(x, g * y) for x, g, y in zip((logp, lse), gradients, upstream, strict=True) if y is not None]
+        values, upstreams = zip(*asked, strict=True)
+        results.append([logp, lse, entropy, hit, *torch.autograd.grad(values, inputs, upstreams)])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lse_and_entropy_are_as_accurate_as_eager(dtype, multiplies_bfloat16):
+    hidden, weight, _, target = make(150, 24, 700, dtype)
+
+    def run(hidden, weight, backend, **options):
+        logp, lse, entropy = linear_logprob(
+            hidden, weight, target, backend=backend, return_lse=True, return_entropy=True, **options
+        )
+        return lse, entropy, *torch.autograd.grad((logp + 0.1 * lse**2).sum(), (hidden, weight))
+
+    truth = run(*(x.detach().double().requires_grad_() for x in (hidden, weight)), "reference")
+    theirs = run(hidden, weight, "reference")
+    for workspace in (3_000, 60_000, None):
+        ours = run(hidden, weight, "cpu", workspace_bytes=workspace)
+        for got, yardstick, expected, bound in zip(ours, theirs, truth, [2e-6, 2e-6, 2e-5, 2e-5], strict=True):
+            assert relative_error(got, expected) <= max(2 * relative_error(yardstick, expected), bound)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_memory_of_the_log_probs(dtype, frozen, monkeypatch):
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["logp", "everything"])
+def test_memory_of_the_log_probs(dtype, frozen, more, monkeypatch):
     """bfloat16 through float32 panels: the weight is never widened as a whole; a frozen one has no gradient at all."""
     monkeypatch.setattr(plan.native, "multiplies", lambda dtype: dtype != torch.bfloat16)
     n, h, v, workspace = 1024, 128, 8192, 2**20
@@ -168,7 +219,8 @@ def test_memory_of_the_log_probs(dtype, frozen, monkeypatch):
     weight.requires_grad_(not frozen)
 
     def run():
-        linear_logprob(hidden, weight, target, workspace_bytes=workspace).sum().backward()
+        results = linear_logprob(hidden, weight, target, workspace_bytes=workspace, **more)
+        (sum(x.sum() for x in results[:2]) if more else results.sum()).backward()
         hidden.grad = weight.grad = None
 
     run()

@@ -7,7 +7,7 @@ from bench.memory import measure
 from mopo_kernels import token_logprob
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.backends.native import cpu
-from mopo_kernels.head.call import HeadCall
+from mopo_kernels.head.call import HeadCall, Outputs
 from mopo_kernels.head.tokens import logits_logprob, logits_logprob_overwrite
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
@@ -23,8 +23,16 @@ def tensors(*shapes):
 
 def test_opcheck_of_token_logprob():
     (logits,) = tensors((4, 9))
-    torch.library.opcheck(logits_logprob, (logits, torch.tensor([1, 2, -100, 3]), CALL, False))
-    arguments = (torch.randn(4), logits.detach(), torch.tensor([1, 2, -100, 3]), torch.randn(4).double(), CALL)
+    everything = HeadCall(Transform(0.5, 2.0, True), -100, "cpu", outputs=Outputs(True, True, True)).flat()
+    for call in (CALL, everything):
+        torch.library.opcheck(logits_logprob, (logits, torch.tensor([1, 2, -100, 3]), call, False))
+    arguments = (
+        torch.randn(2, 4).double(),
+        logits.detach(),
+        torch.tensor([1, 2, -100, 3]),
+        torch.randn(4).double(),
+        CALL,
+    )
     torch.library.opcheck(logits_logprob_overwrite, arguments)
 
 
@@ -98,6 +106,20 @@ def test_overwriting_what_another_operator_saved_is_an_error_not_a_wrong_gradien
     twice.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         twice.backward()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_logits_hold_the_gradient_of_lse_too_and_batched_gradients_leave_them_alone(overwrite):
+    target = torch.tensor([0, 6, -100, 4, 2])
+    results = []
+    for backend in ("cpu", "reference"):
+        (logits,) = tensors((5, 7))
+        scaled = logits * 1.0
+        options = {"softcap": 4.0, "backend": backend, "overwrite_logits": overwrite, "return_lse": True}
+        logp, lse = token_logprob(scaled, target, **options)
+        rows = torch.autograd.grad(logp + lse, scaled, torch.eye(5), is_grads_batched=True, retain_graph=True)[0]
+        results.append([lse, rows, *torch.autograd.grad((logp + lse**2).sum(), logits)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_a_compiled_graph_overwrites_no_logits():

@@ -3,7 +3,7 @@
 
     statistics   a thread keeps the maximum of its z and the sum of exp(z − maximum), a program combines its threads',
                  and where a row has several programs a second kernel combines theirs in the order of the columns
-    gradient     coefficient · (onehot − exp(z − lse)) · dz/dlogit, elementwise
+    gradient     (coefficient · (onehot − p) + lse_coefficient · p) · dz/dlogit with p = exp(z − lse), elementwise
 
 Rows may begin anywhere: blocks are counted from the last multiple of ALIGN elements before a row, so that all of them
 but the first and the last are read and written without a mask, in whole vectors.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mopo_kernels.backends.fold import Statistics, Tile
-from mopo_kernels.backends.triton.transform import logit_gradient, rescaled, transformed
+from mopo_kernels.backends.triton.transform import logit_gradient, probability, rescaled, transformed
 
 ALIGN = 16  # elements: 16 bytes or more of any dtype
 BLOCK_BYTES = 8192  # of a block as arithmetic sees it, float32 or float64: 32 for each of 256 threads; 64 spill
@@ -70,10 +70,21 @@ def store_block(aligned_row, x, first, shift, columns, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def combined(maximum, total, block_maximum, block_total):
-    """The largest of all maxima, and the totals that belong to them relative to it."""
-    maximum, total, shift = rescaled(maximum, total, tl.max(block_maximum, 0))
-    return maximum, total + tl.sum(block_total * tl.exp(block_maximum - shift), 0)
+def finite(below):
+    """exp(−1000) is 0, and so is its product with −1000."""
+    return tl.maximum(below, -1000.0)
+
+
+@triton.jit
+def combined(maximum, total, weighted, block_maximum, block_total, block_weighted, WEIGHTED: tl.constexpr):
+    """The largest of all maxima, and the totals and weighted sums that belong to them relative to it."""
+    before, before_total = maximum, total
+    maximum, total, shift = rescaled(before, before_total, tl.max(block_maximum, 0))
+    if WEIGHTED:
+        weighted = (weighted + before_total * finite(before - shift)) * tl.exp(before - shift)
+        block_weighted += block_total * finite(block_maximum - shift)
+        weighted += tl.sum(block_weighted * tl.exp(block_maximum - shift), 0)
+    return maximum, total + tl.sum(block_total * tl.exp(block_maximum - shift), 0), weighted
 
 
 @triton.jit
@@ -83,8 +94,10 @@ def statistics_kernel(
     maximum,  # [R]
     total,  # [R]
     chosen,  # [R]
-    part_maximum,  # [R, parts]; with one part, maximum and total themselves
+    weighted,  # [R] or None
+    part_maximum,  # [R, parts]; with one part, maximum, total and weighted themselves
     part_total,
+    part_weighted,
     bias,  # [C] or None
     row_stride: tl.int64,
     columns: tl.int64,
@@ -106,20 +119,33 @@ def statistics_kernel(
     inner, outer = tl.full([], inner, WORK), tl.full([], outer, WORK)
     aligned_row = logits + row * row_stride // ALIGN * ALIGN
 
+    WEIGHTED: tl.constexpr = weighted is not None
     lane_maximum = tl.full([BLOCK_V // LANE], float("-inf"), WORK)
     lane_total = tl.zeros([BLOCK_V // LANE], tl.float64)
+    if WEIGHTED:
+        lane_weighted = lane_total
     for place in range(first, last, BLOCK_V):
         block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
         z, _ = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
         z = tl.reshape(z, [BLOCK_V // LANE, LANE])
-        lane_maximum, lane_total, lane_shift = rescaled(lane_maximum, lane_total, tl.max(z, 1))
+        before, before_total = lane_maximum, lane_total
+        lane_maximum, lane_total, lane_shift = rescaled(before, before_total, tl.max(z, 1))
         lane_total += tl.sum(tl.exp(z - lane_shift[:, None]), 1)
+        if WEIGHTED:
+            below, old_below = z - lane_shift[:, None], before - lane_shift
+            lane_weighted = (lane_weighted + before_total * finite(old_below)) * tl.exp(old_below)
+            lane_weighted += tl.sum(tl.exp(below) * finite(below), 1)
     # What was folded before goes into the first part.
     row_maximum = tl.load(maximum + row, mask=part == 0, other=float("-inf")).to(WORK)
     row_total = tl.load(total + row, mask=part == 0, other=0)
-    row_maximum, row_total = combined(row_maximum, row_total, lane_maximum, lane_total)
+    row_weighted = tl.load(weighted + row, mask=part == 0, other=0) if WEIGHTED else 0
+    row_maximum, row_total, row_weighted = combined(
+        row_maximum, row_total, row_weighted, lane_maximum, lane_total, lane_weighted if WEIGHTED else 0, WEIGHTED
+    )
     tl.store(part_maximum + row * parts + part, row_maximum.to(tl.float64))
     tl.store(part_total + row * parts + part, row_total)
+    if WEIGHTED:
+        tl.store(part_weighted + row * parts + part, row_weighted)
 
     target_column = row_target - first_column
     if (part == 0) & (target_column >= 0) & (target_column < columns):
@@ -133,8 +159,10 @@ def combine_kernel(
     target,  # [R]
     maximum,  # [R]
     total,  # [R]
+    weighted,  # [R] or None
     part_maximum,  # [R, parts]
     part_total,
+    part_weighted,
     parts: tl.int64,
     WORK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -142,15 +170,22 @@ def combine_kernel(
     row = tl.program_id(0).to(tl.int64)
     if tl.load(target + row) < 0:
         return
+    WEIGHTED: tl.constexpr = weighted is not None
     row_maximum, row_total = tl.full([], float("-inf"), WORK), tl.full([], 0, tl.float64)
+    row_weighted = row_total
     for first in range(0, parts, BLOCK):
         part = first + tl.arange(0, BLOCK)
         place = row * parts + part
         block_maximum = tl.load(part_maximum + place, mask=part < parts, other=float("-inf")).to(WORK)
         block_total = tl.load(part_total + place, mask=part < parts, other=0)
-        row_maximum, row_total = combined(row_maximum, row_total, block_maximum, block_total)
+        block_weighted = tl.load(part_weighted + place, mask=part < parts, other=0) if WEIGHTED else 0
+        row_maximum, row_total, row_weighted = combined(
+            row_maximum, row_total, row_weighted, block_maximum, block_total, block_weighted, WEIGHTED
+        )
     tl.store(maximum + row, row_maximum.to(tl.float64))
     tl.store(total + row, row_total)
+    if WEIGHTED:
+        tl.store(weighted + row, row_weighted)
 
 
 def fold_statistics(tile: Tile, statistics: Statistics) -> None:
@@ -159,16 +194,21 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
         return
     arguments, rows = _arguments(tile), len(tile.logits)
     parts = arguments["parts"]
-    maximum, total, chosen = statistics
-    part_maximum, part_total = maximum.new_empty(2, rows, parts) if parts > 1 else (maximum, total)
+    maximum, total, chosen, weighted = statistics
+    part_maximum, part_total, part_weighted = maximum, total, weighted
+    if parts > 1:
+        part_maximum, part_total = maximum.new_empty(2, rows, parts)
+        part_weighted = None if weighted is None else weighted.new_empty(rows, parts)
     with torch.cuda.device_of(tile.logits):
         statistics_kernel[(rows * parts,)](
             **arguments,
             maximum=maximum,
             total=total,
             chosen=chosen,
+            weighted=weighted,
             part_maximum=part_maximum,
             part_total=part_total,
+            part_weighted=part_weighted,
             ALIGN=ALIGN,
             LANE=LANE_BYTES // tile.logits.element_size(),
         )
@@ -177,8 +217,10 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
                 target=tile.target,
                 maximum=maximum,
                 total=total,
+                weighted=weighted,
                 part_maximum=part_maximum,
                 part_total=part_total,
+                part_weighted=part_weighted,
                 parts=parts,
                 WORK=arguments["WORK"],
                 BLOCK=PARTS_BLOCK,
@@ -195,6 +237,7 @@ def gradient_kernel(
     target,  # [R]
     lse,  # [R]
     coefficient,  # [R]
+    lse_coefficient,  # [R] or None
     out,  # [R, C], or the logits
     bias,  # [C] or None
     row_stride: tl.int64,
@@ -214,19 +257,26 @@ def gradient_kernel(
     row_lse, row_coefficient = tl.load(lse + row), tl.load(coefficient + row)
     target_column = tl.load(target + row) - first_column
     inner, outer = tl.full([], inner, WORK), tl.full([], outer, WORK)
-    slope = row_coefficient.to(WORK) * inner * outer
+    slope, counts = row_coefficient.to(WORK) * inner * outer, row_coefficient != 0
+    if lse_coefficient is not None:
+        row_lse_coefficient = tl.load(lse_coefficient + row)
+        lse_slope, counts = row_lse_coefficient.to(WORK) * inner * outer, counts | (row_lse_coefficient != 0)
     aligned_row = logits + row * row_stride // ALIGN * ALIGN
     aligned_out = out + (row * out_row_stride - shift) // ALIGN * ALIGN
     for place in range(first, last, BLOCK_V):
         gradient = tl.zeros([BLOCK_V], WORK)
-        if row_coefficient != 0:
+        if counts:
             block, column, inside = load_block(aligned_row, place, shift, columns, WORK, BLOCK_V)
             z, bend = transformed(block, bias, column, inside, inner, outer, SOFTCAP, False)
             gradient = logit_gradient(z, column == target_column, row_lse, slope * bend, WORK)
+            if lse_coefficient is not None:
+                gradient += lse_slope * bend * probability(z, row_lse, WORK)
         store_block(aligned_out, gradient, place, shift, columns, BLOCK_V)
 
 
-def fold_gradient(tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor) -> None:
+def fold_gradient(
+    tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor, lse_coefficient: Tensor | None = None
+) -> None:
     """One launch. Floor: R·C elements read and written, an exponential each."""
     if tile.logits.numel() == 0:
         return
@@ -236,6 +286,7 @@ def fold_gradient(tile: Tile, lse: Tensor, coefficient: Tensor, out: Tensor) -> 
             **arguments,
             lse=lse,
             coefficient=coefficient,
+            lse_coefficient=lse_coefficient,
             out=out,
             out_row_stride=out.stride(0),
             ALIGN=ALIGN if alike else 1,

@@ -51,12 +51,14 @@ def rescaled(maximum, total, block_maximum):
 
 
 @triton.jit
-def logit_gradient(z, is_target, lse, slope, WORK: tl.constexpr):
-    """slope · (onehot − exp(z − lse)), with slope = coefficient · dz/dlogit.
-
-    lse comes in two parts: the difference to the high one is exact where z is near lse. With onehot as a number, the
-    cut kernels spill.
-    """
+def probability(z, lse, WORK: tl.constexpr):
+    """exp(z − lse); lse comes in two parts: the difference to the high one is exact where z is near lse."""
     high = lse.to(WORK)
-    p = tl.exp(z - high - (lse - high).to(WORK))
+    return tl.exp(z - high - (lse - high).to(WORK))
+
+
+@triton.jit
+def logit_gradient(z, is_target, lse, slope, WORK: tl.constexpr):
+    """slope · (onehot − p), with slope = coefficient · dz/dlogit. With onehot as a number, the cut kernels spill."""
+    p = probability(z, lse, WORK)
     return slope * tl.where(is_target, 1 - p, -p)
