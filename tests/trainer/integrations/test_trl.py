@@ -1,0 +1,167 @@
+"""MOPO inside TRL's DPOTrainer, against log-probs the plain way: real runs of a tiny model."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import make_pairs, make_tiny_model, plain_logps
+from transformers import AutoModelForCausalLM
+
+from mopo_kernels import InfeasibleThresholds, mopo_objective, solve_dual
+from mopo_trainer.data.errors import DataError
+
+pytest.importorskip("trl")
+
+from trl import DPOConfig, DPOTrainer
+
+from mopo_trainer.integrations.trl import MOPODPOTrainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """The model on disk, from where DPOTrainer loads its reference."""
+    path = tmp_path_factory.mktemp("model")
+    make_tiny_model(tokenizer).save_pretrained(path)
+    return path
+
+
+def make(folder, tmp_path, tokenizer, *, rows=None, kind=MOPODPOTrainer, trainer=None, **options):
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    defaults |= {"use_cpu": True, "report_to": "none", "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+    mopo = {"primary": "friendly", "thresholds": {"brief": 0.4}} if kind is MOPODPOTrainer else {}
+    return kind(
+        AutoModelForCausalLM.from_pretrained(folder),
+        args=DPOConfig(output_dir=str(tmp_path), **{**defaults, **options}),
+        processing_class=tokenizer,
+        **{"train_dataset": Dataset.from_list(make_pairs() if rows is None else rows), **mopo, **(trainer or {})},
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def batch_of(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def sequences_of(batch):
+    ids, response = batch["input_ids"], batch["completion_mask"].bool()
+    ends = batch["attention_mask"].sum(1)
+    return [(x[:end].tolist(), int(r.int().argmax())) for x, end, r in zip(ids, ends, response, strict=True)]
+
+
+@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
+def test_the_loss_is_mopos_on_the_plain_log_probs(folder, tmp_path, tokenizer, policy_step):
+    trainer = make(folder, tmp_path, tokenizer, trainer={"policy_step": policy_step, "tau": 0.3})
+    trainer.start_dual()
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    logp, ref_logp = (plain_logps(model, sequences_of(batch)) for model in (trainer.model, trainer.ref_model))
+    labels = batch["win_rate"], torch.arange(4).repeat(2), trainer.dual.multipliers
+    reference = None if policy_step == "clone" else ref_logp
+    expected = mopo_objective(logp, *labels, tau=0.3, ref_logp=reference, policy_step=policy_step).loss
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_multipliers_are_those_of_all_labels(folder, tmp_path, tokenizer):
+    trainer = make(folder, tmp_path, tokenizer, beta=0.2)
+    trainer.train()
+    chosen = torch.tensor([[row["preference"][name] for name in ("friendly", "brief")] for row in make_pairs()])
+    win_rate = torch.stack([chosen, 1 - chosen], 1).flatten(0, 1).double()
+    expected = solve_dual(win_rate, torch.arange(8).repeat_interleave(2), torch.tensor([0.4]), tau=0.2)
+    torch.testing.assert_close(trainer.dual.multipliers, expected.multipliers, rtol=1e-6, atol=1e-8)
+    logged = trainer.state.log_history[0]
+    assert logged["multiplier/brief"] == pytest.approx(expected.multipliers[1].item())
+    assert {"win_rate/friendly", "bound/brief", "threshold/brief", "slack/brief", "ess", "kl"} <= set(logged)
+    assert {"rewards/margins", "entropy", "logps/chosen"} <= set(logged)  # TRL's own
+    assert losses(trainer)[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+@pytest.mark.parametrize("how", ["precomputed", "adapter", "adapter, precomputed"])
+def test_the_reference_is_trls(folder, tmp_path, tokenizer, how):
+    adapter = {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")} if "adapter" in how else {}
+    trainer = make(folder, tmp_path, tokenizer, precompute_ref_log_probs="precomputed" in how, trainer=adapter)
+    assert trainer.ref_model is None
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_losses_of_trls_are_added(folder, tmp_path, tokenizer):
+    values = []
+    for kind, types, weights in (
+        (MOPODPOTrainer, ["sft", "mopo"], [0.5, 2.0]),
+        (MOPODPOTrainer, ["mopo"], None),
+        (DPOTrainer, ["sft"], None),
+    ):
+        trainer = make(folder, tmp_path, tokenizer, kind=kind, loss_type=types, loss_weights=weights)
+        if kind is MOPODPOTrainer:
+            trainer.start_dual()
+        values.append(trainer.compute_loss(trainer.model, batch_of(trainer)).detach())
+    torch.testing.assert_close(values[0], 2 * values[1] + 0.5 * values[2])
+
+
+def test_accumulation_is_one_large_batch(folder, tmp_path, tokenizer):
+    runs = []
+    for batch, steps in ((8, 1), (2, 4)):
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 3}
+        trainer = make(folder, tmp_path, tokenizer, **options, trainer={"dual_update": "sgd"})
+        trainer.train()
+        runs.append((losses(trainer), trainer.dual.multipliers))
+    torch.testing.assert_close(*(torch.tensor(x) for x, _ in runs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dual_update", ["exact", "sgd"])
+def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, tokenizer, dual_update):
+    mopo = {"dual_update": dual_update, "eps": 0.01}
+    whole = make(folder, tmp_path, tokenizer, save_strategy="steps", save_steps=2, trainer=mopo)
+    whole.train()
+    resumed = make(folder, tmp_path / "again", tokenizer, trainer=mopo)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(resumed.dual.multipliers, whole.dual.multipliers)
+    assert torch.equal(resumed.dual.chi, whole.dual.chi)
+    others = make(folder, tmp_path / "other", tokenizer, rows=make_pairs()[1:], trainer=mopo)
+    with pytest.raises(ValueError, match="its run had other labels"):
+        others.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / "mopo_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no multipliers"):
+        make(folder, tmp_path / "none", tokenizer).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_evaluation_of_held_out_pairs(folder, tmp_path, tokenizer):
+    held_out = Dataset.from_list([{**row, "preference": {"friendly": 1.0}} for row in make_pairs()[:3]])
+    trainer = make(folder, tmp_path, tokenizer, trainer={"eval_dataset": held_out})
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_win_rate/friendly"] > 0.9
+    assert "eval_win_rate/brief" not in found  # no held-out row labels it
+    assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(found["eval_loss"])
+
+
+def test_what_is_refused(folder, tmp_path, tokenizer):
+    def refused(error, match, rows=None, trainer=None, **options):
+        with pytest.raises(error, match=match):
+            make(folder, tmp_path, tokenizer, rows=rows, trainer=trainer, **options)
+
+    refused(ValueError, "ld_alpha=0.5 has no meaning", ld_alpha=0.5)
+    refused(ValueError, "use_weighting=True has no meaning", use_weighting=True)
+    refused(ValueError, r"loss_type=\['ipo'\] does not name 'mopo' once", loss_type=["ipo"])
+    refused(ValueError, "primary names 'kind', which the data does not carry", trainer={"primary": "kind"})
+    refused(ValueError, "thresholds names 'short'", trainer={"thresholds": {"short": 0.5}})
+    bad = [{**row, "preference": {"friendly": 2.0}} for row in make_pairs()]
+    refused(DataError, "friendly", rows=bad)
+    groups = [{"prompt": "Hi?", "responses": ["a", "b", "c"], "ratings": {"friendly": [1, 2, 3]}}]
+    refused(DataError, "without exactly two responses", rows=groups)
+    stream = Dataset.from_list(make_pairs()).to_iterable_dataset()
+    refused(ValueError, "give a Dataset, all of whose labels count", trainer={"train_dataset": stream})
+    ties = [{**row, "preference": {"friendly": 1.0, "brief": 0.5}} for row in make_pairs()]
+    trainer = make(folder, tmp_path, tokenizer, rows=ties, trainer={"thresholds": {"brief": 0.6}})
+    with pytest.raises(InfeasibleThresholds, match="brief"):
+        trainer.train()
