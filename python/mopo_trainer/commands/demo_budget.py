@@ -80,7 +80,7 @@ def _scaled(whole: Sizes, share: float, keep_steps: bool) -> Sizes:
 def describe(rates: Rates, sizes: Sizes, minutes: float) -> str:
     """What was chosen, and how long that takes."""
     predicted = sizes.seconds(rates) / 60
-    much = f", more than the {minutes:g} asked for: less would show nothing" if predicted > minutes else ""
+    much = f", more than the {minutes:g} asked for and too few to show an effect" if predicted > minutes else ""
     return (
         f"{sizes.steps} steps a run; {sizes.prompts} prompts × {sizes.num_samples} texts a model, drawn "
         f"{rates.batch_size} at a time at most. About {predicted:.2g} minutes in all{much}."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mopo_trainer.commands.demo_budget import LADDER, Rates, Sizes, drawing_rates, fit
+from mopo_trainer.commands.demo_budget import LADDER, Rates, Sizes, describe, drawing_rates, fit
 
 WHOLE = Sizes(steps=28, prompts=42, num_samples=4)
 FAST = Rates(spent=30, fixed=20, steps=9, batch=7, text=0.3, batch_size=100)
@@ -78,3 +78,11 @@ def test_where_texts_of_a_large_batch_cost_more_the_small_one_is_taken():
 def test_noise_makes_no_text_free():
     assert drawing_rates((64, 40.0), (192, 38.4)) == (0, pytest.approx(0.2), 192)
     assert drawing_rates((6, 3.0), (6, 3.3)) == (0, pytest.approx(0.55), 6)  # no more texts than that are there
+
+
+def test_a_demo_that_does_not_fit_says_so():
+    rates = slower(10)
+    assert "more than the 3 asked for" in describe(rates, fit(rates, 3, WHOLE), 3)
+    assert describe(FAST, WHOLE, 10) == (
+        "28 steps a run; 42 prompts × 4 texts a model, drawn 100 at a time at most. About 8.3 minutes in all."
+    )
