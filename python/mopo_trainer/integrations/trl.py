@@ -14,24 +14,95 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch.nn import functional as F
+from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
-from mopo_kernels import MOPODual, MOPOOutput, mopo_objective
+from mopo_kernels import MOPODual, MOPOOutput, linear_logprob, mopo_objective
 from mopo_trainer.data import labels, objectives, to_groups
 from mopo_trainer.data.errors import DataError
 from mopo_trainer.names import it_has
+from mopo_trainer.training.head import Transform, head_input, linear_head
+from mopo_trainer.training.probe import PROBE_TOKENS, measure_transform
 from mopo_trainer.training.resume import STATE_FILE, RunState
 
 COLUMN = "win_rate"  # of a row: P(wins) of chosen and of rejected by each objective, NaN where unlabelled
 LOSS = "mopo"  # its name in DPOConfig's loss_type
+
+
+def add_mopo_head(model: PreTrainedModel | PeftModel) -> None:
+    """Let `model(..., labels=labels, fused_lm_head=True)` compute what TRL's fused head does by `linear_logprob`.
+
+    For the model of a trainer of TRL's, once the trainer is made. What the model does to its logits (scale, softcap) is
+    measured, as MOPOTrainer does. Against TRL's head: entropy carries no gradient, a tie is a hit in `is_top1`,
+    `log_sum_sq_probs` (WPO's weights) is None, and `mean_logits` is NaN under a softcap.
+
+    Raises:
+        ValueError: a head that is no argument of `linear_logprob` (an adapter on it, logits bent in an unknown way).
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    otherwise = plain.forward
+    with torch.no_grad():
+        transform = measure_transform(plain, list(range(PROBE_TOKENS)))
+
+    @wraps(type(plain).forward)
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return otherwise(*args, **kwargs)
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        items = kwargs.pop("num_items_in_batch", None)
+        with head_input(self, lambda hidden: hidden[:, :1]) as captured:
+            output = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
+        hidden, target = (captured[-1], shifted) if labels is None else (captured[-1][:, :-1], labels[:, 1:])
+        return _scored(linear_head(self), hidden, target, transform, items, getattr(output, "aux_loss", None))
+
+    plain.forward = MethodType(forward, plain)
+
+
+def _scored(
+    head: nn.Linear,
+    hidden: Tensor,  # [B, L, H]
+    target: Tensor,  # [B, L]
+    transform: Transform,
+    items: Any,  # what the loss is divided by; None: the tokens that count
+    router_loss: Tensor | None,
+) -> FusedCausalLMOutput:
+    hidden = hidden.to(head.weight.dtype)
+    logp, entropy, hit = linear_logprob(
+        hidden,
+        head.weight,
+        target,
+        bias=head.bias,
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
+        return_entropy=True,
+        return_hit=True,
+    )
+    counts = target != -100
+    with torch.no_grad():
+        mean = transform.logit_scale * F.linear(
+            hidden, head.weight.mean(0, keepdim=True), None if head.bias is None else head.bias.mean(0, keepdim=True)
+        )
+        mean = mean[..., 0].float().masked_fill(~counts, 0)
+    return FusedCausalLMOutput(
+        loss=-logp.sum() / (counts.sum().clamp(min=1) if items is None else items),
+        log_probs=logp,
+        entropy=entropy,
+        mean_logits=mean if transform.softcap is None else mean * torch.nan,
+        is_top1=hit,
+        label_mask=counts,
+        aux_loss=router_loss,
+    )
 
 
 class MOPODPOTrainer(DPOTrainer):

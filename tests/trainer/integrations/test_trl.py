@@ -1,8 +1,12 @@
 """MOPO inside TRL's DPOTrainer, against log-probs the plain way: real runs of a tiny model."""
 
+import copy
+import math
+
 import pytest
 import torch
 from datasets import Dataset
+from every_type import tiny_model as type_model
 from peft import LoraConfig
 from tiny import make_pairs, make_tiny_model, plain_logps
 from transformers import AutoModelForCausalLM
@@ -14,7 +18,7 @@ pytest.importorskip("trl")
 
 from trl import DPOConfig, DPOTrainer
 
-from mopo_trainer.integrations.trl import MOPODPOTrainer
+from mopo_trainer.integrations.trl import MOPODPOTrainer, add_mopo_head
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,39 @@ def test_evaluation_of_held_out_pairs(folder, tmp_path, tokenizer):
     assert found["eval_win_rate/friendly"] > 0.9
     assert "eval_win_rate/brief" not in found  # no held-out row labels it
     assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(found["eval_loss"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "cohere", "gemma2", "adapter", "mixtral"])
+def test_our_head_in_trls_trainer(kind, folder, tmp_path, tokenizer):
+    """The same loss, gradients and metrics as TRL's own head gives."""
+    found = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        model = type_model("llama" if kind == "adapter" else kind)
+        adapter = {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")} if kind == "adapter" else {}
+        args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False)
+        rows = Dataset.from_list(make_pairs())
+        trainer = DPOTrainer(
+            model, copy.deepcopy(model), args=args, train_dataset=rows, processing_class=tokenizer, **adapter
+        )
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.02 * torch.randn_like(p) * p.requires_grad)
+        if ours:
+            add_mopo_head(trainer.model)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+        loss.backward()
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        metrics = {key: values[0] for key, values in trainer._metrics["train"].items()}
+        found.append((loss.detach(), torch.cat(gradients), metrics))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
+    for key, value in found[0][2].items():
+        if kind == "gemma2" and key.startswith("logits/"):
+            assert math.isnan(found[1][2][key])
+        else:
+            assert found[1][2][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
 def test_what_is_refused(folder, tmp_path, tokenizer):
