@@ -226,8 +226,11 @@ def test_gradcheck_of_lse(backend):
     def values(h, w, b):
         return linear_logprob(h, w, target, bias=b, softcap=3.0, temperature=0.8, backend=backend, return_lse=True)
 
+    frozen = functools.partial(values, w=weight.detach(), b=None)
+    assert values(hidden, weight, bias)[1].requires_grad  # else gradcheck passes over it
+    assert frozen(hidden)[1].requires_grad
     assert torch.autograd.gradcheck(values, (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda h: values(h, weight.detach(), None), (hidden,))
+    assert torch.autograd.gradcheck(frozen, (hidden,))
     assert torch.autograd.gradcheck(
         lambda z: token_logprob(z, target, softcap=3.0, backend=backend, return_lse=True), (make(rows, rows + 1, 1)[0],)
     )
