@@ -85,6 +85,25 @@ def test_sampled_notes_have_the_probabilities_of_the_model():
     assert share == pytest.approx(float(logp.exp()), abs=4 * float(share / 1000) ** 0.5)
 
 
+def test_rows_that_end_leave_the_others_as_they_were(monkeypatch):
+    """At temperature 0 every note is the model's arg max word by word, whoever has ended before."""
+    torch.manual_seed(0)
+    tiny, asked = model.TinyLM(), language.prompts(0, 8, "train")
+    with torch.no_grad():
+        tiny.norm.weight *= 6
+    ids = asked
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, (tiny(ids)[:, -1] @ tiny.head.T).argmax(-1, keepdim=True)], 1)
+    greedy = ids[:, language.PROMPT_LENGTH :]
+    monkeypatch.setattr(model, "END", int(greedy[0, 1]))
+    notes = model.sample(tiny, asked, 1, seed=0, temperature=1e-6)[:, 0]
+    ended = [row.index(model.END) if model.END in row else 5 for row in greedy.tolist()]
+    assert len(set(ended)) > 1
+    for note, expected, end in zip(notes, greedy, ended, strict=True):
+        assert note[: end + 1].tolist() == expected[: end + 1].tolist()
+
+
 def test_kl_of_the_base_to_itself_is_zero_and_it_wins_half():
     found = measure.measure(data.writer("base", 2)[0], ["base"], "tune", seed=0, count=40, steps=2)
     assert found["kl"] == 0

@@ -75,6 +75,7 @@ CONDITIONS = {
     "noisy": Condition(accuracy=0.7),
     "groups of 4": Condition(size=4, groups=500),
     "few": Condition(groups=150),
+    "sharper": Condition(writer="sharp"),
 }
 
 
@@ -200,7 +201,8 @@ def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
     rates = best_rates(rows)
     for seed in SEEDS:
         for title, condition in CONDITIONS.items():
-            for name in [*STEPS, *(["DPO, dual once", "clone, importance"] if title == "another model" else [])]:
+            more = {"another model": ["DPO, dual once", "clone, importance"], "noisy": ["DPO, dual once"]}
+            for name in [*STEPS, *more.get(title, [])]:
                 asked = round(asked_for(BREVITY, condition.size), 4)
                 yield Run("conditions", name, tuned(name, rates, aim=asked), condition, seed)
 
@@ -239,9 +241,8 @@ def longer(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """Three times as many tokens: what the steps tend to."""
     rates = best_rates(rows)
     for seed in SEEDS:
-        for name in STEPS:
-            for aim in (BREVITY, ASKED):
-                yield Run("longer", name, tuned(name, rates, aim=aim), seed=seed, budget=90_000)
+        for name, aim in (("clone", ASKED), ("contrast", 0.7), ("regress", BREVITY)):  # those nearest to holding 0.6
+            yield Run("longer", name, tuned(name, rates, aim=aim), seed=seed, budget=90_000)
 
 
 PARTS: dict[str, Callable[[list[dict[str, Any]]], Iterator[Run]]] = {

@@ -25,6 +25,7 @@ from mopo_kernels import mopo_weights, solve_dual
 from mopo_trainer.files import write_json
 
 PROMPTS, NOTES = 200, 32
+TAU = 0.08
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -59,17 +60,22 @@ def correlation(values: Tensor, i: int, j: int) -> float:
 def optimum(values: Tensor, brevity: float) -> dict[str, Any]:
     """The constrained optimum on the population, thresholds on brevity and relevance."""
     solution = solve_dual(
-        win_rates(values, 1.0, 0), torch.arange(PROMPTS).repeat_interleave(NOTES), [brevity, RELEVANCE], tau=0.08
+        win_rates(values, 1.0, 0), torch.arange(PROMPTS).repeat_interleave(NOTES), [brevity, RELEVANCE], tau=TAU
     )
-    return {"brevity": brevity, "multipliers": rounded(solution.multipliers), "win rates": rounded(solution.win_rates)}
+    return {
+        "brevity": brevity,
+        "multipliers": rounded(solution.multipliers),
+        "win rates": rounded(solution.win_rates),
+        "kl": round((float(solution.win_rates[0]) - solution.value) / TAU, 4),
+    }
 
 
 def of_groups(values: Tensor, size: int, brevity: float) -> dict[str, Any]:
     """The target of groups of a size: what the labels say it attains, and what it attains against fresh notes."""
     rates = win_rates(values.reshape(-1, size, 3), 1.0, 0)
     group = torch.arange(len(rates) // size).repeat_interleave(size)
-    solution = solve_dual(rates, group, [brevity, RELEVANCE], tau=0.08)
-    weights = mopo_weights(rates, group, solution.multipliers, tau=0.08)
+    solution = solve_dual(rates, group, [brevity, RELEVANCE], tau=TAU)
+    weights = mopo_weights(rates, group, solution.multipliers, tau=TAU)
     fresh = (weights[:, None] * win_rates(values, 1.0, 0)).sum(0) / (len(rates) // size)
     return {
         "size": size,
