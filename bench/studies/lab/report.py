@@ -229,8 +229,10 @@ def equal_threshold(rows: list[Row], truth: Row) -> str:
         figures = [
             span(*warmth[name]),
             *(more_than(name, other) for other in ("clone", "DPO, weights")),
-            f"{warmth_at_threshold(front, 'kl')[1]:.2f}",
-            f"{warmth_at_threshold(front, 'forgotten')[1]:.3f}",
+            *(
+                "–" if np.isnan(x) else f"{x:.2f}"
+                for x in (warmth_at_threshold(front, k)[1] for k in ("kl", "forgotten"))
+            ),
             *(f"{x:.3f}" for x in quality),
             f"{len(points)} × {len(next(iter(best_known)))}",
         ]
@@ -326,7 +328,7 @@ def draw_conditions(rows: list[Row], path: Path) -> None:
             axes.axhline(BREVITY, color="grey", linewidth=0.8)
         axes.set_xticks(range(len(CONDITIONS)), list(CONDITIONS), fontsize=8)
         axes.set_ylabel(f"{objective}: win rate against the base")
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(CONDITIONS), fontsize=8)
     save(figure, path)
 
 
