@@ -9,7 +9,7 @@ With w the target's weights, h_i = log pi(y_i | x) - log pi_ref(y_i | x), n a gr
 All three have the same optimum in the tabular limit. The factor (n-1)/n makes `regress` unbiased when labels are single
 draws; without it pairs would overshoot twofold, which is IPO's 1/(2 tau). `clone` and `contrast` see the exp of an
 estimated win rate, which is no estimate of the exp: with few opponents contrast aims sharper than the optimum. Clone
-cannot: the weights of a group sum to 1, so its optimum gives no response more than n times its share (KL at most log n).
+cannot: a group's weights sum to 1, so its optimum gives no response more than n times its share (KL at most log n).
 
 Under a lag the optimum is pi_lag exp(s / tau). The weights of clone and contrast carry omega = pi_lag / pi_ref0, so
 contrast compares with pi_ref0, whom the responses are from; regress knows scores only and compares with pi_lag.
