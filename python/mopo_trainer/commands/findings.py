@@ -9,6 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from mopo_trainer.report.evidence import against_fresh_texts, within_group
+
 PAPER_EPS = 0.15
 GAIN = "gain"  # what a table shows in place of a negative cost
 
@@ -27,7 +29,7 @@ def table(found: Found) -> Table:
 
 def findings(found: Found) -> list[tuple[str, str]]:
     """(subject, sentence) of everything worth knowing before training."""
-    parts = {"conflict": _conflict, "binding": _binding, "labels": _labels, "eps": _eps, GAIN: _gain}
+    parts = {"conflict": _conflict, "binding": _binding, "labels": _labels, "fresh": _fresh, "eps": _eps, GAIN: _gain}
     return [(subject, " ".join(sentences)) for subject, part in parts.items() if (sentences := list(part(found)))]
 
 
@@ -89,6 +91,18 @@ def _labels(found: Found) -> Iterator[str]:
     prices = ", ".join(f"λ {multipliers[row['objective']]:.3f} for {row['objective']}" for row in unsafe)
     now, then = found["objectives"][0]["win_rate"], safe["win_rates"][0]
     yield f"--eps {safe['eps']:g} makes it safe: {prices}, {found['primary']} {then:.3f} instead of {now:.3f}."
+
+
+def _fresh(found: Found) -> Iterator[str]:
+    """What thresholds within small groups are worth against texts that the policy will write."""
+    n, sure = found["group_size"], [row for row in _asked(found) if row["sure"]]
+    for row in sure:
+        bound = row["threshold"]
+        there, needed = against_fresh_texts(bound, n), within_group(bound, n)
+        ask = f"ask {needed:.2f} for {bound:g}" if needed < 1 else f"no threshold of groups of {n} is worth {bound:g}"
+        yield f"{row['objective']} {bound:g} among {n} responses is about {there:.2f} against fresh texts: {ask} there."
+    if sure:
+        yield "(If comparisons are right and seldom tie.)"
 
 
 def _eps(found: Found) -> Iterator[str]:

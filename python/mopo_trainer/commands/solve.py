@@ -35,7 +35,7 @@ from mopo_trainer.files import write_json
 from mopo_trainer.names import did_you_mean, it_has
 from mopo_trainer.report import plots
 from mopo_trainer.report.evaluate import Interval
-from mopo_trainer.report.evidence import intervals_over_prompts, prompt_win_rates, rank_correlations
+from mopo_trainer.report.evidence import are_sure, intervals_over_prompts, prompt_win_rates, rank_correlations
 from mopo_trainer.report.tables import new_table
 
 RATCHET_BETA = 0.9995  # the paper's, and the trainer's default: what eps="auto" is measured by
@@ -287,6 +287,7 @@ def objective_rows(
                 "multiplier": float(chosen.multipliers[k]),
                 "cost": float(problem.solve(others).win_rates[0] - chosen.win_rates[0]) if asked else None,
                 "largest_eps": largest[k] if asked and math.isfinite(largest[k]) else None,
+                "sure": are_sure(problem.win_rate[:, k], problem.group),
             }
         )
     return rows

@@ -24,6 +24,26 @@ def rank_correlations(win_rate: Tensor) -> list[list[float | None]]:  # [M, K] -
     return table.astype(object).where(table.notna(), None).to_numpy().tolist()
 
 
+def against_fresh_texts(win_rate: float, group_size: int) -> float:
+    """What a win rate within groups is against new texts of the same writer, where comparisons are sure and rarely tie.
+
+    Who beats k of the n − 1 others of a group, and no more is known, beats a new text with probability (k + 1)/(n + 1).
+    """
+    return ((group_size - 1) * win_rate + 1) / (group_size + 1)
+
+
+def within_group(win_rate: float, group_size: int) -> float:
+    """The win rate within groups that is `win_rate` against new texts; above 1 where no group of this size shows it."""
+    return ((group_size + 1) * win_rate - 1) / (group_size - 1)
+
+
+def are_sure(win_rate: Tensor, group: Tensor) -> bool:  # [M], NaN = unlabelled; [M]
+    """Whether win rates are counts of comparisons that are 0 or 1, with ties among at most a tenth of the responses."""
+    others = (group.unique(return_inverse=True, return_counts=True)[2] - 1)[group.unique(return_inverse=True)[1]]
+    wins = (win_rate * others)[~win_rate.isnan()]
+    return bool(((wins - wins.round()).abs() < 1e-6).double().mean() >= 0.9)
+
+
 def prompt_win_rates(
     win_rate: Tensor,  # [M, K], NaN = unlabelled
     group: Tensor,  # [M]

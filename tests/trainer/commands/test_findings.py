@@ -10,7 +10,7 @@ def row(objective, free, **changes):
     figures = {
         "objective": objective, "labelled_groups": 40, "reference": 0.5, "free": free, "free_win_rate": free,
         "free_interval": [free - 0.02, free + 0.02], "threshold": None, "win_rate": free,
-        "interval": [free - 0.02, free + 0.02], "multiplier": 0.0, "cost": None, "largest_eps": None,
+        "interval": [free - 0.02, free + 0.02], "multiplier": 0.0, "cost": None, "largest_eps": None, "sure": False,
     }  # fmt: skip
     return figures | changes
 
@@ -45,6 +45,17 @@ def test_thresholds_that_do_not_bind_are_said_to_need_no_second_objective():
         "95% intervals over prompts: b 0.700 [.68, .72] on 40 prompts. Every threshold lies below its interval."
     )
     assert "gain" not in found
+
+
+def test_thresholds_within_groups_are_less_against_fresh_texts():
+    sure = row("b", 0.7, threshold=0.6, cost=0.0, sure=True)
+    assert said(sure, group_size=2)["fresh"] == (
+        "b 0.6 among 2 responses is about 0.53 against fresh texts: ask 0.80 for 0.6 there. "
+        "(If comparisons are right and seldom tie.)"
+    )
+    high = said(row("b", 0.7, threshold=0.8, cost=0.0, sure=True), group_size=2)["fresh"]
+    assert "about 0.60 against fresh texts: no threshold of groups of 2 is worth 0.8 there" in high
+    assert "fresh" not in said(row("b", 0.7, threshold=0.6, cost=0.0), row("c", 0.7, sure=True))
 
 
 BOUND = row("b", 0.4, threshold=0.6, win_rate=0.6, interval=[0.55, 0.65], multiplier=0.5, cost=0.1, largest_eps=0.0137)

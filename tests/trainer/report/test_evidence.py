@@ -9,7 +9,14 @@ from scipy.stats import spearmanr
 
 from mopo_trainer.report import evaluate
 from mopo_trainer.report.evaluate import bootstrap_interval
-from mopo_trainer.report.evidence import intervals_over_prompts, prompt_win_rates, rank_correlations
+from mopo_trainer.report.evidence import (
+    against_fresh_texts,
+    are_sure,
+    intervals_over_prompts,
+    prompt_win_rates,
+    rank_correlations,
+    within_group,
+)
 
 NAN = math.nan
 
@@ -58,3 +65,24 @@ def test_blocks_of_draws_change_no_interval(monkeypatch):
     whole = bootstrap_interval(values, resamples=500)
     monkeypatch.setattr(evaluate, "MAX_BLOCK", 1000)
     assert bootstrap_interval(values, resamples=500) == whole
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_who_wins_in_a_group_wins_less_against_a_new_text(size):
+    """Ranks of uniform draws: the best of n beats a new one with probability n/(n + 1)."""
+    draws = torch.rand(200_000, size + 1, generator=torch.Generator().manual_seed(0)).double()
+    group, new = draws[:, :size], draws[:, size]
+    wins = (group[:, :1] > group[:, 1:]).sum(1)
+    for k in range(size):
+        measured = (group[:, 0] > new)[wins == k].double().mean().item()
+        assert against_fresh_texts(k / (size - 1), size) == pytest.approx(measured, abs=0.012)
+        assert within_group(against_fresh_texts(k / (size - 1), size), size) == pytest.approx(k / (size - 1))
+
+
+def test_sure_labels_are_told_from_shares_and_ties():
+    group = torch.arange(40) // 4
+    ranks = torch.tensor([0, 1 / 3, 2 / 3, 1]).double().repeat(10)
+    assert are_sure(ranks, group)
+    assert are_sure(ranks.masked_fill(group == 3, torch.nan), group)
+    assert not are_sure(torch.full_like(ranks, 0.5), group)  # of 1.5 wins each
+    assert not are_sure(0.9 * ranks + 0.05, group)
