@@ -480,6 +480,25 @@ def test_transforms_of_torch_func_are_refused_with_the_backend_that_has_them(tra
             transformed(functools.partial(op, backend="cpu"), hidden)
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "jacfwd"])
+def test_transforms_within_a_compiled_function_are_refused_too(transform):
+    """Dynamo traces forward mode, of which an operator knows nothing: zeros."""
+    hidden, weight, _, target = (x if x is None else x.detach() for x in make(3, 4, 9))
+
+    def compiled(op, *others, **options):
+        function = functools.partial(op, **options)
+        transformed = torch.compile(
+            lambda x: TRANSFORMED[transform](lambda x: function(x, *others, target), x), backend="aot_eager"
+        )
+        return transformed(hidden)
+
+    expected = TRANSFORMED[transform](lambda x: formula(x, weight, None, target), hidden)
+    torch.testing.assert_close(compiled(linear_logprob, weight, backend="reference"), expected)
+    for op, *others in [(linear_logprob, weight), (token_logprob,)]:
+        with pytest.raises(RuntimeError, match=r"^(linear|token)_logprob of backend='cpu' .* give it backend='ref"):
+            compiled(op, *others, backend="cpu")
+
+
 def test_forward_mode_is_refused_too():
     hidden, weight, _, target = (x if x is None else x.detach() for x in make(3, 4, 9))
     with torch.autograd.forward_ad.dual_level():

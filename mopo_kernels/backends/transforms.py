@@ -11,15 +11,15 @@ _functorch = torch._C._functorch
 
 def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
     """Raise where a transform is active that `op` cannot run under on `backend`."""
-    if torch.compiler.is_compiling():
-        return
-    interpreters = _functorch.get_interpreter_stack() or []
+    is_traced = torch.compiler.is_compiling()  # dynamo knows how many transforms there are, not which
+    interpreters = [] if is_traced else _functorch.get_interpreter_stack() or []
     if interpreters and any(is_batched(x) for x in tensors if x is not None):
         raise RuntimeError(
             f"{op} looks at the values of its arguments, which torch.func.vmap hides; call it once with all rows"
         )
     kinds = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
     is_differentiating = forward_ad._current_level >= 0 or any(x.key() in kinds for x in interpreters)
+    is_differentiating |= is_traced and _functorch.get_dynamic_layer_stack_depth() > 0
     if is_differentiating and backend != "reference":
         raise RuntimeError(
             f"{op} of backend={backend!r} has gradients for Tensor.backward and torch.autograd.grad alone; "
