@@ -68,7 +68,7 @@ def recorded() -> Iterator[list[Configuration]]:
     found: list[Configuration] = []
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in keywords}
         values = inspect.signature(kernel.fn).bind(*arguments, **keywords).arguments
         configuration = Configuration.of(kernel, values, **options)
         if configuration not in found:

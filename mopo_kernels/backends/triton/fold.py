@@ -24,6 +24,7 @@ from mopo_kernels.backends.triton.transform import logit_gradient, probability, 
 ALIGN = 16  # elements: 16 bytes or more of any dtype
 BLOCK_BYTES = 8192  # of a block as arithmetic sees it, float32 or float64: 32 for each of 256 threads; 64 spill
 LANE_BYTES = 16  # what a thread reads at a time
+WEIGHTED_REGISTERS = 64  # at most: without a bound the assembler takes 40 and spills one that 44 would hold
 ENOUGH_PROGRAMS = 4096  # for the largest GPU to be busy to the end of its last wave
 PARTS_BLOCK = 128  # partial results combined at a time
 
@@ -211,6 +212,7 @@ def fold_statistics(tile: Tile, statistics: Statistics) -> None:
             part_weighted=part_weighted,
             ALIGN=ALIGN,
             LANE=LANE_BYTES // tile.logits.element_size(),
+            maxnreg=WEIGHTED_REGISTERS if weighted is not None and arguments["WORK"] == tl.float32 else None,
         )
         if parts > 1:
             combine_kernel[(rows,)](
