@@ -150,6 +150,9 @@ def check_special_logits(fold, device):
     torch.testing.assert_close(statistics.entropy.cpu(), torch.special.entr(p).sum(-1), atol=1e-5, rtol=0)
     assert statistics.hit.tolist() == [True, bool(p[1, 3] == p[1].max()), True, True]  # ties are hits
     ones = torch.ones(4, dtype=torch.float64, device=device)
+    options = [TRANSFORMS[0], None, widths, torch.empty_like(logits)]
+    result = fold_gradient(fold, logits, target, statistics.lse, 0 * ones, *options, lse_coefficient=ones)
+    torch.testing.assert_close(result.double().cpu(), p, atol=1e-6, rtol=0)
     result = fold_gradient(fold, logits, target, statistics.lse, ones, TRANSFORMS[0], None, widths, None)
     torch.testing.assert_close(result.double().cpu(), onehot - p, atol=1e-6, rtol=0)
 
@@ -212,9 +215,12 @@ def check_long_rows_of_one_block(fold, device, columns):
     coefficient[counted] = 2.0
     exact = exact_fold(logits[counted], target[counted], coefficient[counted], TRANSFORMS[0], None)
 
-    statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns])
-    torch.testing.assert_close(statistics.lse[counted], exact[0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(statistics.chosen[counted], exact[1], rtol=0, atol=0)
+    for entropy in (False, True):
+        statistics = fold_statistics(fold, logits, target, TRANSFORMS[0], None, [columns], entropy=entropy)
+        torch.testing.assert_close(statistics.lse[counted], exact[0], rtol=2e-6, atol=0)
+        torch.testing.assert_close(statistics.chosen[counted], exact[1], rtol=0, atol=0)
+    expected = torch.special.entr(exact[2]).sum(-1)
+    torch.testing.assert_close(statistics.entropy[counted], expected, rtol=2e-6, atol=0)
     fold.fold_gradient(Tile(logits, target, TRANSFORMS[0]), statistics.lse, coefficient, logits)
     error = (logits[counted].double() - exact[3]).abs()
     assert (error <= exact[3].abs() * 2**-7 + 1e-30).all()
