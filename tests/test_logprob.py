@@ -171,6 +171,7 @@ def test_lse_entropy_and_hit_are_those_of_the_softmax(options, backend):
     logits = ((hidden @ weight.T + (0 if bias is None else bias)) * options.pop("logit_scale", 1.0)).detach()
     of_logits = token_logprob(logits.requires_grad_(), target, **options, **EVERYTHING)
     torch.testing.assert_close(of_logits, tuple(x.flatten() for x in (logp, lse, entropy, hit)))
+    assert [x.requires_grad for x in of_logits] == [True, True, False, False]
 
 
 @of_backends

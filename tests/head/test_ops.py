@@ -127,13 +127,13 @@ def test_opcheck_of_column_major_tensors():
     torch.library.opcheck(linear_policy_loss, (hidden[None], weight, None, target[None], labels, "clone", call))
 
 
-@pytest.mark.parametrize("what", ["linear", "frozen head", "token", "loss"])
+@pytest.mark.parametrize("what", ["linear", "frozen head", "token", "token, overwritten", "loss"])
 def test_a_second_differentiation_is_refused_with_advice(what):
     hidden, weight = tensors((S, L, H), (V, H))
     if what == "frozen head":
         weight = weight.detach()
-    if what == "token":
-        value = token_logprob(hidden @ weight.T, targets()).sum()
+    if what.startswith("token"):
+        value = token_logprob(hidden @ weight.T, targets(), overwrite_logits="overwritten" in what).sum()
     elif what == "loss":
         labels = (win_rate_from_pairs(torch.full((3, 1), 0.7)), torch.arange(3).repeat(2), torch.ones(1))
         value = mopo_loss(hidden, weight, targets(), *labels, tau=0.1).loss
