@@ -68,7 +68,7 @@ def linear_logprob(
         reduction: "sum" or "mean" over the rows that count (0 if none does). What every row's gradient is multiplied by
             is then known beforehand, so gradients are formed while the logits are there: 6·N·H·V flops for N rows. With
             "none", or where more is returned, a trainable head's logits are formed again in the backward, 8·N·H·V,
-            unless all of them, N × V, fit `workspace_bytes`.
+            unless all of them, N × V, fit `workspace_bytes`; those of a frozen head, 4·N·H·V, with return_lse only.
         return_lse: return lse [*] too, per row whatever the reduction, differentiable as logp is: the z-loss of other
             libraries is a factor times lse**2, summed or averaged over the rows that count.
         return_entropy: return the softmax's entropy [*] in nats too, without gradient.
