@@ -136,6 +136,7 @@ def check_special_logits(fold, device):
     logits = torch.full((4, 40), -math.inf)
     logits[0, 35] = 1.0
     logits[1, :] = torch.randn(40)
+    logits[1, 2] = 4.0  # a new maximum in the tile that comes last
     logits[2, 5], logits[2, 30] = 1e30, -1e30
     logits[3, 2:4] = -12345.25
     target = torch.tensor([35, 3, 5, 2])
