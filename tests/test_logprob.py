@@ -312,6 +312,13 @@ def test_batched_gradients_and_a_bounded_reference_under_a_transform():
     torch.testing.assert_close(got, torch.autograd.grad(bounded(hidden, weight).sum(), weight)[0])
 
 
+def test_gradients_do_not_feel_the_rounding_of_a_large_lse():
+    weight, target = torch.tensor([[12345.25], [12345.25], [0.0]], requires_grad=True), torch.tensor([0])
+    for logp in (linear_logprob(torch.ones(1, 1), weight, target), token_logprob(weight.T, target)):
+        (gradient,) = torch.autograd.grad(logp.sum(), weight)
+        torch.testing.assert_close(gradient[:, 0], torch.tensor([0.5, -0.5, 0.0]), atol=1e-6, rtol=0)
+
+
 def test_infinite_and_huge_logits():
     logits = torch.tensor([[-math.inf, 0.0, 1.0], [3e38, 0.0, -3e38], [-math.inf, 2.0, -math.inf]], requires_grad=True)
     logp = token_logprob(logits, torch.tensor([2, 0, 1]))
