@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -216,8 +217,8 @@ class Run:
 def _measure(
     run: Run, problem: LabelProblem, groups: Dataset, prompts: Sequence[str], settings: Settings, start: float
 ) -> Rates:
-    """Times a few tokens of sampling in batches of each size, and two steps of a training under thresholds."""
-    run.console.print("Timing a few tokens and two training steps on this machine", style="dim")
+    """Times a few tokens of sampling in batches of each size, and three steps of a training under thresholds."""
+    run.console.print("Timing a few tokens and three training steps on this machine", style="dim")
     labels_seconds = time.perf_counter() - start
     with Stopwatch() as loading:
         model, tokenizer = _load_model(run.tiny, run.seed)
@@ -236,13 +237,13 @@ def _measure(
 
     batch, text, batch_size = drawing_rates(*map(draw, BATCH_SIZES))
     with Stopwatch() as training:
-        timed = _train(run, model, tokenizer, groups, THRESHOLDS, replace(settings, steps=2))[2]
+        timed = _train(run, model, tokenizer, groups, THRESHOLDS, replace(settings, steps=3))[2]
     enter = [_characters(problem, groups, thresholds, settings) for thresholds in ({}, THRESHOLDS)]
     return Rates(
         spent=time.perf_counter() - start,
         # the figure at the end solves about as often as the tables at the beginning
         fixed=MODELS * loading.seconds + 2 * (training.seconds - sum(timed)) + labels_seconds,
-        steps=min(timed) * sum(enter) / enter[1],  # the other one warmed up, or was held up by other work
+        steps=median(timed) * sum(enter) / enter[1],  # batches differ by half in length, and other work holds one up
         batch=batch,
         text=text,
         batch_size=batch_size,
