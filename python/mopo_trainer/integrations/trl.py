@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -36,24 +36,30 @@ from mopo_trainer.training.head import Transform, head_input, linear_head
 from mopo_trainer.training.probe import PROBE_TOKENS, measure_transform
 from mopo_trainer.training.resume import STATE_FILE, RunState
 
-COLUMN = "win_rate"  # of a row: P(wins) of chosen and of rejected by each objective, NaN where unlabelled
+COLUMN = "mopo_win_rate"  # of a row: P(wins) of chosen and of rejected by each objective, NaN where unlabelled
 LOSS = "mopo"  # its name in DPOConfig's loss_type
 
 
-def add_mopo_head(model: PreTrainedModel | PeftModel) -> None:
+def add_mopo_head(model: PreTrainedModel | PeftModel, *, temperature: float = 1.0) -> None:
     """Let `model(..., labels=labels, fused_lm_head=True)` compute what TRL's fused head does by `linear_logprob`.
 
     For the model of a trainer of TRL's, once the trainer is made. What the model does to its logits (scale, softcap) is
     measured, as MOPOTrainer does. Against TRL's head: entropy carries no gradient, a tie is a hit in `is_top1`,
     `log_sum_sq_probs` (WPO's weights) is None, and `mean_logits` is NaN under a softcap.
 
+    Args:
+        temperature: what TRL's head divides logits by: GRPO's and RLOO's `temperature`, 1 in DPO.
+
     Raises:
-        ValueError: a head that is no argument of `linear_logprob` (an adapter on it, logits bent in an unknown way).
+        ValueError: a head that is no argument of `linear_logprob` (an adapter on it, logits bent in an unknown way), or
+            other log-probs than TRL's head gives on a few tokens (another temperature).
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    otherwise = plain.forward
+    otherwise, training = plain.forward, plain.training
+    ids = torch.arange(PROBE_TOKENS, device=plain.device)[None]
     with torch.no_grad():
-        transform = measure_transform(plain, list(range(PROBE_TOKENS)))
+        plain.eval()
+        transform = measure_transform(plain, ids[0].tolist())
 
     @wraps(type(plain).forward)
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -64,45 +70,62 @@ def add_mopo_head(model: PreTrainedModel | PeftModel) -> None:
         with head_input(self, lambda hidden: hidden[:, :1]) as captured:
             output = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
         hidden, target = (captured[-1], shifted) if labels is None else (captured[-1][:, :-1], labels[:, 1:])
-        return _scored(linear_head(self), hidden, target, transform, items, getattr(output, "aux_loss", None))
+        head = _Head(linear_head(self), transform, temperature)
+        return head.scored(hidden, target, items, getattr(output, "aux_loss", None))
 
     plain.forward = MethodType(forward, plain)
-
-
-def _scored(
-    head: nn.Linear,
-    hidden: Tensor,  # [B, L, H]
-    target: Tensor,  # [B, L]
-    transform: Transform,
-    items: Any,  # what the loss is divided by; None: the tokens that count
-    router_loss: Tensor | None,
-) -> FusedCausalLMOutput:
-    hidden = hidden.to(head.weight.dtype)
-    logp, entropy, hit = linear_logprob(
-        hidden,
-        head.weight,
-        target,
-        bias=head.bias,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        return_entropy=True,
-        return_hit=True,
-    )
-    counts = target != -100
     with torch.no_grad():
-        mean = transform.logit_scale * F.linear(
-            hidden, head.weight.mean(0, keepdim=True), None if head.bias is None else head.bias.mean(0, keepdim=True)
+        found = plain(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        truth = otherwise(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+        plain.train(training)
+    rounding = max(16 * torch.finfo(plain.dtype).eps, 1e-4)
+    if not torch.allclose(found, truth.to(found.dtype), rtol=rounding, atol=rounding):
+        plain.forward = otherwise
+        raise ValueError(
+            f"temperature={temperature}: a log-prob is {found[0, 0]:.3f} where TRL's head gives {truth[0, 0]:.3f}; "
+            "give the trainer's own temperature, or keep TRL's head"
         )
-        mean = mean[..., 0].float().masked_fill(~counts, 0)
-    return FusedCausalLMOutput(
-        loss=-logp.sum() / (counts.sum().clamp(min=1) if items is None else items),
-        log_probs=logp,
-        entropy=entropy,
-        mean_logits=mean if transform.softcap is None else mean * torch.nan,
-        is_top1=hit,
-        label_mask=counts,
-        aux_loss=router_loss,
-    )
+
+
+class _Head(NamedTuple):
+    """A head, and what becomes of its logits."""
+
+    layer: nn.Linear
+    transform: Transform
+    temperature: float
+
+    def scored(
+        self,
+        hidden: Tensor,  # [B, L, H]
+        target: Tensor,  # [B, L]
+        items: Any,  # what the loss is divided by; None: the tokens that count
+        router_loss: Tensor | None,
+    ) -> FusedCausalLMOutput:
+        weight, bias, transform = self.layer.weight, self.layer.bias, self.transform
+        hidden, counts = hidden.to(weight.dtype), target != -100
+        logp, entropy, hit = linear_logprob(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            temperature=self.temperature,
+            softcap=transform.softcap,
+            logit_scale=transform.logit_scale,
+            return_entropy=True,
+            return_hit=True,
+        )
+        with torch.no_grad():  # a mean over the vocabulary is one row of the head
+            mean = F.linear(hidden, weight.mean(0, keepdim=True), None if bias is None else bias.mean(0, keepdim=True))
+            mean = mean[..., 0].float() * transform.logit_scale / self.temperature
+        return FusedCausalLMOutput(
+            loss=-logp.sum() / (counts.sum().clamp(min=1) if items is None else items),
+            log_probs=logp,
+            entropy=entropy,
+            mean_logits=mean.masked_fill(~counts, 0) if transform.softcap is None else mean * torch.nan,
+            is_top1=hit,
+            label_mask=counts,
+            aux_loss=router_loss,
+        )
 
 
 class MOPODPOTrainer(DPOTrainer):

@@ -17,6 +17,7 @@ from mopo_trainer.data.errors import DataError
 pytest.importorskip("trl")
 
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from mopo_trainer.integrations.trl import MOPODPOTrainer, add_mopo_head
 
@@ -65,7 +66,7 @@ def test_the_loss_is_mopos_on_the_plain_log_probs(folder, tmp_path, tokenizer, p
     batch = batch_of(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
     logp, ref_logp = (plain_logps(model, sequences_of(batch)) for model in (trainer.model, trainer.ref_model))
-    labels = batch["win_rate"], torch.arange(4).repeat(2), trainer.dual.multipliers
+    labels = batch["mopo_win_rate"], torch.arange(4).repeat(2), trainer.dual.multipliers
     reference = None if policy_step == "clone" else ref_logp
     expected = mopo_objective(logp, *labels, tau=0.3, ref_logp=reference, policy_step=policy_step).loss
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
@@ -180,6 +181,32 @@ def test_our_head_in_trls_trainer(kind, folder, tmp_path, tokenizer):
             assert math.isnan(found[1][2][key])
         else:
             assert found[1][2][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_a_heads_temperature_is_trls(folder, tokenizer):
+    """GRPO and RLOO divide the logits: a head that does not would train on other probabilities without a word."""
+    ids = torch.tensor([tokenizer("a friendly text")["input_ids"]])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    add_fused_lm_head(model, temperature=0.5)
+    expected = model(ids, labels=ids, fused_lm_head=True)
+    with pytest.raises(ValueError, match=r"temperature=1.0: a log-prob is .* give the trainer's own temperature"):
+        add_mopo_head(model)
+    torch.testing.assert_close(model(ids, labels=ids, fused_lm_head=True).log_probs, expected.log_probs)
+    add_mopo_head(model, temperature=0.5)
+    found = model(ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_that_are_win_rates_are_read_as_such(folder, tmp_path, tokenizer):
+    """The column that the trainer adds has a name of its own."""
+    kept = ("prompt", "chosen", "rejected")
+    rows = [{**{key: row[key] for key in kept}, "win_rate": {"friendly": [0.8, 0.2]}} for row in make_pairs()]
+    trainer = make(folder, tmp_path, tokenizer, rows=rows, trainer={"thresholds": None})
+    assert trainer.dual.objectives == ["friendly"]
+    assert batch_of(trainer)["mopo_win_rate"].flatten().tolist() == [0.8] * 4 + [0.2] * 4
 
 
 def test_what_is_refused(folder, tmp_path, tokenizer):
