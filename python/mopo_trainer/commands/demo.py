@@ -147,15 +147,15 @@ def run_demo(
     print_report(analysis, console)
 
     console.rule("2. Training and sampling")
+    whole = Sizes(settings.steps, len(test_groups), settings.num_samples)
     if journal.decision is None:
         rates = _measure(run, problem, train_groups, test_groups["prompt"], settings, start)
-        whole = Sizes(settings.steps, len(test_groups), settings.num_samples)
         sizes = fit(rates, minutes, whole, keep_steps=steps is not None)
         journal.decide(rates, sizes)
     else:
         rates, sizes = journal.decision
         console.print(f"Going on with what {journal.path} holds.", soft_wrap=True)
-    console.print(describe(rates, sizes, minutes), soft_wrap=True)
+    console.print(describe(rates, sizes, minutes, whole), soft_wrap=True)
     settings = replace(settings, steps=sizes.steps, num_samples=sizes.num_samples, batch_size=rates.batch_size)
     prompts = spread(test_groups["prompt"], sizes.prompts)
     for name, thresholds in {BASE: None, ALONE: {}, MOPO: THRESHOLDS}.items():

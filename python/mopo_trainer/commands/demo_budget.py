@@ -77,13 +77,24 @@ def _scaled(whole: Sizes, share: float, keep_steps: bool) -> Sizes:
     return Sizes(steps, max(2, min(whole.prompts, int(texts / samples))), samples)
 
 
-def describe(rates: Rates, sizes: Sizes, minutes: float) -> str:
-    """What was chosen, and how long that takes."""
+def minutes_of(rates: Rates, sizes: Sizes) -> int:
+    """The least whole minutes in which `fit` takes these sizes."""
+    return math.ceil((rates.spent + (sizes.seconds(rates) - rates.spent) / MARGIN) / 60)
+
+
+def describe(rates: Rates, sizes: Sizes, minutes: float, whole: Sizes) -> str:
+    """What was chosen, how long that takes, and what to ask for instead where a training is cut."""
     predicted = sizes.seconds(rates) / 60
     much = f", more than the {minutes:g} asked for and too few to show an effect" if predicted > minutes else ""
+    few = ""
+    if sizes.steps < whole.steps:
+        few = (
+            f" With fewer than {whole.steps} steps the policy may stop short of its thresholds: "
+            f"--minutes {minutes_of(rates, whole)} does the whole demo."
+        )
     return (
         f"{sizes.steps} steps a run; {sizes.prompts} prompts × {sizes.num_samples} texts a model, drawn "
-        f"{rates.batch_size} at a time at most. About {predicted:.2g} minutes in all{much}."
+        f"{rates.batch_size} at a time at most. About {predicted:.2g} minutes in all{much}.{few}"
     )
 
 

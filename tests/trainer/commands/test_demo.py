@@ -87,7 +87,7 @@ def test_the_choice_is_reported(run):
     assert rates.steps > 0
     assert rates.text > 0
     assert rates.batch_size == 6  # there are no more texts
-    assert describe(rates, sizes, 10) in printed
+    assert describe(rates, sizes, 10, sizes) in printed
 
 
 def test_a_demo_that_was_stopped_goes_on_with_its_choice(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mopo_trainer.commands.demo_budget import LADDER, Rates, Sizes, describe, drawing_rates, fit
+from mopo_trainer.commands.demo_budget import LADDER, Rates, Sizes, describe, drawing_rates, fit, minutes_of
 
 WHOLE = Sizes(steps=28, prompts=42, num_samples=4)
 FAST = Rates(spent=30, fixed=20, steps=9, batch=7, text=0.3, batch_size=100)
@@ -82,7 +82,16 @@ def test_noise_makes_no_text_free():
 
 def test_a_demo_that_does_not_fit_says_so():
     rates = slower(10)
-    assert "more than the 3 asked for" in describe(rates, fit(rates, 3, WHOLE), 3)
-    assert describe(FAST, WHOLE, 10) == (
+    assert "more than the 3 asked for" in describe(rates, fit(rates, 3, WHOLE), 3, WHOLE)
+    assert describe(FAST, WHOLE, 10, WHOLE) == (
         "28 steps a run; 42 prompts × 4 texts a model, drawn 100 at a time at most. About 8.3 minutes in all."
     )
+
+
+def test_a_training_that_is_cut_names_the_minutes_that_do_it_all():
+    rates = slower(2)
+    cut, enough = fit(rates, 10, WHOLE), minutes_of(rates, WHOLE)
+    assert cut.steps < 28
+    assert f"--minutes {enough} does the whole demo" in describe(rates, cut, 10, WHOLE)
+    assert fit(rates, enough, WHOLE) == WHOLE
+    assert fit(rates, enough - 1, WHOLE) != WHOLE

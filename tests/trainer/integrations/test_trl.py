@@ -205,8 +205,8 @@ def test_labels_that_are_win_rates_are_read_as_such(folder, tmp_path, tokenizer)
     kept = ("prompt", "chosen", "rejected")
     rows = [{**{key: row[key] for key in kept}, "win_rate": {"friendly": [0.8, 0.2]}} for row in make_pairs()]
     trainer = make(folder, tmp_path, tokenizer, rows=rows, trainer={"thresholds": None})
-    assert trainer.dual.objectives == ["friendly"]
-    assert batch_of(trainer)["mopo_win_rate"].flatten().tolist() == [0.8] * 4 + [0.2] * 4
+    assert trainer.dual.objectives == ["friendly", "preferred"]  # rows without `preference` prefer what is chosen
+    assert batch_of(trainer)["mopo_win_rate"][:, 0].tolist() == [0.8] * 4 + [0.2] * 4
 
 
 def test_what_is_refused(folder, tmp_path, tokenizer):
