@@ -8,10 +8,10 @@ import itertools
 import math
 
 import torch
-from fold_truth import DTYPES, TRANSFORMS, ULP, exact_fold
+from fold_truth import DTYPES, TRANSFORMS, ULP, dense, exact_fold
 from hypothesis import strategies as st
 
-from mopo_kernels.backends.fold import Statistics, Tile
+from mopo_kernels.backends.fold import GRID, Samples, Statistics, Tile
 
 
 def tile_strategies(*, rows, widths):
@@ -227,3 +227,149 @@ def check_long_rows_of_one_block(fold, device, columns):
     assert (error <= exact[3].abs() * 2**-7 + 1e-30).all()
     logits[counted] = 0
     assert (logits == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+def on_grid(uniform):
+    return (uniform / GRID).floor() * GRID
+
+
+def fold_sample(fold, logits, target, lse, uniform, floor, transform, bias, widths):
+    """Samples of tiles of these widths, the first one first, and the running sums after them."""
+    columns, work = sum(widths), torch.float64 if logits.dtype == torch.float64 else torch.float32
+    samples = Samples.start(len(target), columns, floor, work, logits.device)
+    running = uniform.clone()
+    edges = list(itertools.accumulate(widths, initial=0))
+    for first, last in itertools.pairwise(edges):
+        part = None if bias is None else bias[first:last]
+        fold.fold_sample(Tile(logits[:, first:last], target, transform, first, part), lse, running, floor, samples)
+    return samples, running
+
+
+def check_samples(fold, device, *, rows, widths, offset, padding, dtype, transform, with_bias, masked, scale, seed):
+    """Entries of ragged tiles: those of the contract but for the rounding of p, the same bits for any other tiles."""
+    columns = sum(widths)
+    logits, _ = random_tile(rows, columns, dtype, device, offset=offset, padding=padding, scale=scale, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, columns, (rows,), generator=generator).to(device)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.randn(columns, generator=generator).to(device, work) if with_bias else None
+    is_masked = (torch.rand(columns, generator=generator).to(device) < masked).index_fill(0, target, False)
+    (logits if bias is None else bias)[..., is_masked] = -math.inf
+    target[seed % 5 :: 5] = -1
+    floor = [0.9, 0.25, 2.0**-6, 0.01, 1e-4][seed % 5]
+    uniform = on_grid(torch.rand(rows, generator=generator, dtype=torch.float64)).to(device)
+    uniform[0], uniform[1:2] = [(0, 1 - GRID), (1 - GRID, 0.5), (0.5, 0)][seed % 3]
+    ones = torch.ones(rows, dtype=torch.float64, device=device)
+    lse, _, p, slope = exact_fold(logits, target.clamp(min=0), 0 * ones, transform, bias, ones)
+    slope = torch.where(p > 0, slope / p, 0).cpu()
+
+    samples, running = fold_sample(fold, logits, target, lse, uniform, floor, transform, bias, widths)
+    values, has_entry = dense(samples, columns)
+    counts, p, uniform = target.cpu() >= 0, p.cpu(), uniform.cpu()
+    assert (samples.counts.cpu()[~counts] == 0).all()
+    at_target = torch.zeros_like(has_entry).scatter(1, target.cpu().clamp(min=0)[:, None], True)
+    assert has_entry[at_target][counts].all()
+
+    largest = lse.abs().max().item() + scale * 5 + 1
+    rounding = ULP[work] * 16 * largest * max(1, transform.inner * transform.outer) + 1e-6 * (work == torch.float32)
+    is_exact, is_close = p >= floor, ((p / floor - 1).abs() < rounding * 4)
+    before = uniform[:, None] + torch.where(is_exact, 0, p / floor).cumsum(1)
+    after, before = before, torch.cat([uniform[:, None], before[:, :-1]], 1)
+    slack = rounding * (1 + after)
+    must = ((after - slack).floor() > (before + slack).floor()) | (is_exact & ~is_close)
+    may = ((after + slack).floor() > (before - slack).floor()) | is_exact | is_close | at_target
+    assert (has_entry | ~must)[counts].all()
+    assert (may | ~has_entry)[counts].all()
+    assert not has_entry[:, is_masked.cpu() & ~at_target.any(0)].any()
+    q = torch.where(slope != 0, values / slope, 0)
+    expected = torch.where(is_exact, p, floor) * has_entry
+    steady = has_entry & (slope.abs() > slope.abs().amax() * 1e-3) & ~(at_target & ~must)
+    assert ((q - expected).abs() <= expected * (rounding * 8 + (ULP[work] * 1e4 if transform.softcap else 0)))[
+        steady & counts[:, None]
+    ].all()
+    total = torch.where(is_exact, 0, p / floor).sum(1) + is_exact.sum(1)
+    ended = running.cpu() - uniform + is_exact.sum(1)
+    assert ((ended - total - (ended - total).round()).abs() <= slack[:, -1] + columns * GRID)[counts].all()
+    assert (running.cpu() == uniform)[~counts].all()
+    assert (samples.counts.cpu() <= math.ceil(1 / floor) + 2).all()
+
+    whole = fold_sample(fold, logits, target, lse, uniform.to(device), floor, transform, bias, [columns])
+    assert all(torch.equal(x, y) for x, y in zip((*samples, running), (*whole[0], whole[1]), strict=True))
+
+
+def check_sampling_is_unbiased(fold, device, dtype, transform, floor=2.0**-5, draws=512, columns=300):
+    """The mean over evenly spaced `uniform` is p within floor / draws: a mean of so many random ones is no sharper."""
+    generator = torch.Generator().manual_seed(3)
+    row = torch.randn(columns, generator=generator, dtype=torch.float64) * 2
+    row[[5, 17]] = torch.tensor([9.0, -math.inf], dtype=torch.float64)
+    logits = row.to(device, dtype).repeat(draws, 1)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.randn(columns, generator=generator).to(device, work)
+    uniform = on_grid((torch.arange(draws, dtype=torch.float64, device=device) + 0.5) / draws)
+    target = torch.full((draws,), 7, device=device)
+    ones = torch.ones(draws, dtype=torch.float64, device=device)
+    lse, _, p, expected = exact_fold(logits, target, ones * 0, transform, bias, ones)
+    samples, _ = fold_sample(fold, logits, target, lse, uniform, floor, transform, bias, [128, columns - 128])
+    values, _ = dense(samples, columns)
+    slope = (expected[0] / p[0]).nan_to_num(0).cpu()
+    error = values.mean(0) - expected[0].cpu()
+    rounding = 1e-5 if work == torch.float32 else 1e-12
+    assert (error.abs() <= slope.abs() * (floor / draws + rounding * p[0].cpu())).all()
+    q = torch.where(slope != 0, values / slope, 0)
+    is_small = (p[0] < floor * 0.99).cpu()
+    assert ((q.sum(1) - 1).abs() <= floor * (1 + rounding * 100)).all() or transform.softcap
+    assert ((q[:, is_small] == 0) | ((q[:, is_small] / floor - 1).abs() < 1e-2)).all()
+
+
+def check_extreme_samples(fold, device):
+    """`uniform` at both ends, all mass in one token, ties everywhere, a floor below every p, a target nobody draws."""
+    columns, floor = 64, 2.0**-4
+    logits = torch.zeros(4, columns, device=device)  # p = 1/64 = floor / 4
+    logits[2], logits[3] = -math.inf, -200.0
+    logits[2, 40] = logits[3, 40] = 0.0
+    target = torch.tensor([3, 3, 40, 41], device=device)
+    lse = torch.tensor([math.log(64.0)] * 2 + [0.0] * 2, dtype=torch.float64, device=device)
+    near = 2.0**-10  # p is 1/64 but for its rounding
+    uniform = torch.tensor([near, 1 - near, 0.0, 1 - GRID], dtype=torch.float64, device=device)
+    samples, running = fold_sample(fold, logits, target, lse, uniform, floor, TRANSFORMS[0], None, [50, 14])
+    values, has_entry = dense(samples, columns)
+    step = torch.tensor([floor], dtype=torch.float64)
+    every_fourth = torch.arange(columns) % 4
+    assert torch.allclose(values[0], step * (every_fourth == 3), rtol=1e-5, atol=0)
+    assert torch.allclose(values[1], step * (every_fourth == 0), rtol=1e-5, atol=0)
+    assert has_entry[2:].nonzero()[:, 1].tolist() == [40, 40, 41]
+    assert values[2:, 40].tolist() == [1.0, 1.0]
+    assert values[3, 41] == 0
+    assert running[2:].tolist() == uniform[2:].tolist()
+
+    logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)).to(device)
+    zeros = torch.zeros(3, dtype=torch.float64, device=device)
+    lse, _, p, _ = exact_fold(logits, target[:3], zeros, TRANSFORMS[0])
+    samples, _ = fold_sample(fold, logits, target[:3], lse, zeros, 1e-7, TRANSFORMS[0], None, [columns])
+    torch.testing.assert_close(dense(samples, columns)[0], p.cpu(), rtol=1e-5, atol=0)
+
+
+def check_sample_products(fold, device, dtype, *, rows=9, vocab=70, width=37, capacity=13):
+    """Gathers and scatters against dense products: columns that many rows share and some that none has, empty rows."""
+    generator = torch.Generator().manual_seed(1)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    counts = torch.randint(0, capacity + 1, (rows,), generator=generator)
+    counts[[2, 4]] = torch.tensor([0, capacity])
+    within = torch.arange(capacity) < counts[:, None]
+    columns = torch.stack([torch.randperm(vocab // 2, generator=generator)[:capacity].sort()[0] for _ in range(rows)])
+    columns[:, 0] = 0
+    values = torch.randn(rows, capacity, generator=generator, dtype=work)
+    samples = Samples(*(x.to(device) for x in (columns.where(within, -1).int(), values.where(within, 0), counts.int())))
+    matrix = torch.zeros(rows, vocab, dtype=torch.float64)
+    matrix.index_put_((within.nonzero()[:, 0], columns[within]), values[within].double(), accumulate=True)
+    for product, size, left in ((fold.sample_hidden, vocab, matrix), (fold.sample_weight, rows, matrix.T)):
+        right = torch.randn(size, width + 5, generator=generator).to(device, dtype)[:, 2 : 2 + width]
+        out = torch.full((len(left), width + 3), math.nan, dtype=dtype, device=device)
+        product(samples, right, out[:, :width])
+        expected = left @ right.double().cpu()
+        bound = left.abs() @ right.double().cpu().abs() * ULP[work] * 8 + expected.abs() * ULP[dtype]
+        assert ((out[:, :width].cpu().double() - expected).abs() <= bound).all()
+        assert out[:, width:].isnan().all()

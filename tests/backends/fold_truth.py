@@ -29,6 +29,21 @@ def exact_fold(logits, target, coefficient, transform, bias=None, lse_coefficien
     return lse, z.gather(1, target[:, None])[:, 0], p, gradient
 
 
+def dense(samples, vocab):
+    """Sampled rows as a matrix [R, V], of which [R, V] says where entries are; what a row holds is checked."""
+    values, has_entry = (torch.zeros(len(samples.counts), vocab, dtype=torch.float64) for _ in range(2))
+    columns, sampled, counts = (x.cpu() for x in samples)
+    within = torch.arange(columns.shape[1]) < counts[:, None]
+    assert (columns[~within] == -1).all()
+    assert (sampled[~within] == 0).all()
+    in_order = columns.diff(dim=1) > 0
+    assert in_order[within[:, 1:]].all()
+    row, place = within.nonzero().unbind(1)
+    values[row, columns[row, place].long()] = sampled[row, place].double()
+    has_entry[row, columns[row, place].long()] = 1
+    return values, has_entry.bool()
+
+
 def sparse(size, dtype):
     """Memory that exists where it is touched."""
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names since 3.12 only
