@@ -193,12 +193,12 @@ def check_index(index: Tensor | None, *, sequences: int, batch: int, policy_step
 # ------------------------------------------------------------------------------------------------------------- LM head
 
 
-def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *, is_split: bool = False) -> None:
     """Shapes, dtypes and devices of a head's tensors, hidden [*, H] and target [*]."""
     _check_floating(hidden=hidden, weight=weight)
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit: [*, H] and [V, H]")
-    if 0 in weight.shape:
+    if 0 in weight.shape[int(is_split) :]:  # a process may hold no token of a split head
         raise ValueError(f"weight has shape {list(weight.shape)}; a head needs at least one token and one feature")
     if hidden.shape[:-1] != target.shape:
         raise ValueError(f"target has shape {list(target.shape)}; hidden {list(hidden.shape)} needs one target per row")
@@ -254,7 +254,7 @@ def check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-def check_result(logp: Tensor, **inputs: Tensor | None) -> None:
+def check_result(logp: Tensor, *, is_split: bool = False, **inputs: Tensor | None) -> None:
     """A NaN log-probability of a counted row comes from a NaN or infinite input, or a mask of all: name which."""
     if torch.compiler.is_compiling() or not logp.detach().isnan().any():
         return
@@ -264,6 +264,10 @@ def check_result(logp: Tensor, **inputs: Tensor | None) -> None:
         if not (x.isfinite() | masks).all():
             what = "NaN" if x.isnan().any() else "infinity"
             raise ValueError(f"{name} holds {what} in rows that count; find the step that diverged before this one")
+    if is_split:
+        raise ValueError(
+            "another process's part of the LM head has NaN, infinity or overflowing logits, or all mask every token"
+        )
     for name in ("bias", "logits"):
         if name in given and (given[name] == -math.inf).all(-1).any():
             raise ValueError(f"{name} masks every token of a row that counts (-inf); leave one, or ignore its target")

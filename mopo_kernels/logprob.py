@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mopo_kernels import backends
@@ -28,6 +29,7 @@ from mopo_kernels.head.call import HeadCall, HeadInputs, Outputs
 from mopo_kernels.head.engines import choose_backend
 from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.policy import run_total_logprob
+from mopo_kernels.head.ranks import RowsOf, Split, agree, run_own_rows, take_part
 from mopo_kernels.head.tokens import run_logits_logprob
 from mopo_kernels.objective import ops
 
@@ -48,6 +50,8 @@ def linear_logprob(
     return_hit: bool = False,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    rows: RowsOf = "same",
 ) -> Any:  # Tensor [*], or [] with a reduction; a tuple of it and what else is asked for
     """log softmax(hidden · weightᵀ) at the target token, per row; differentiable in hidden, weight and bias.
 
@@ -78,6 +82,14 @@ def linear_logprob(
             float32); None is 64 MiB on CPUs, a 64th of its memory but at least 512 MiB on a GPU. More makes blocks of
             more rows, faster to multiply.
         backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
+        vocab_group: the processes that hold a part of the vocabulary each: `weight` [V_r, H] and `bias` [V_r] are then
+            this one's rows of the head, in the order of ranks and as many as it has; targets stay those of the whole
+            vocabulary. Statistics of rows are exchanged, never logits. Not needed where `weight` is a DTensor of
+            Shard(0) or Replicate().
+        rows: of a split head, "same" if every process has the same hidden states, as under tensor parallelism, or "own"
+            if each has a batch of its own, as under FSDP: rows are then gathered, and the gradients of weight and bias
+            are means over the processes, as FSDP's are. Every process calls, and runs the backward, as often as the
+            others. Differing rows under "same" raise an error.
 
     Returns:
         logp [*], natural logarithm, float32 (float64 for float64 inputs), 0 where the target is ignored; or its sum or
@@ -98,16 +110,16 @@ def linear_logprob(
         average=reduction == "mean",
         outputs=Outputs(return_lse, return_entropy, return_hit),
     )
-    inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend)
-    check_target(inputs.target, weight.shape[0], ignore_index)
-    if reduction != "none" and any(call.needs) and call.backend != "reference" and not any(call.outputs):
+    inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend, Split(vocab_group, rows))
+    check_target(inputs.target, call.columns(inputs.weight), ignore_index)
+    if reduction != "none" and call.fuses and not any(call.outputs):
         return run_total_logprob(inputs.flattened(), call)
-    rows = _rows(inputs, call)
+    values = _rows(inputs, call)
     if reduction == "none":
-        return _returned(rows, call.outputs)
-    total = rows.logp.sum(dtype=torch.float64)
+        return _returned(values, call.outputs)
+    total = values.logp.sum(dtype=torch.float64)
     total = total / (inputs.target != ignore_index).sum().clamp(min=1) if call.average else total
-    return _returned(rows._replace(logp=total.to(rows.logp.dtype)), call.outputs)
+    return _returned(values._replace(logp=total.to(values.logp.dtype)), call.outputs)
 
 
 def token_logprob(
@@ -175,6 +187,8 @@ def sequence_logprob(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    rows: RowsOf = "same",
 ) -> Tensor:  # [B]
     """Sum over each sequence of `linear_logprob`: log π(y|x) when only the response's tokens are targets.
 
@@ -198,18 +212,22 @@ def sequence_logprob(
         workspace_bytes=workspace_bytes,
         average=average,
     )
-    inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend)
-    check_target(inputs.target, weight.shape[0], ignore_index)
+    inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend, Split(vocab_group, rows))
+    check_target(inputs.target, call.columns(inputs.weight), ignore_index)
     return sequence_totals(inputs, call)
 
 
-def enter(inputs: HeadInputs, call: HeadCall, backend: str | None) -> tuple[HeadInputs, HeadCall]:
+def enter(inputs: HeadInputs, call: HeadCall, backend: str | None, split: Split) -> tuple[HeadInputs, HeadCall]:
     """A head's tensors, checked but for their values and cast as autocast has it, and the call with who runs it."""
-    check_head(inputs.hidden, inputs.weight, inputs.target, inputs.bias)
+    part = None
+    if split.concerns(inputs.weight):
+        inputs, part = take_part(inputs, split)
+    check_head(inputs.hidden, inputs.weight, inputs.target, inputs.bias, is_split=part is not None)
     inputs = inputs.autocast()
-    name = choose_backend(inputs, call, backend)
+    name = choose_backend(inputs, call, backend, is_split=part is not None)
     refuse_transforms("linear_logprob", name, *inputs)
-    return inputs, call.on(name, inputs.needs)
+    call = call.on(name, inputs.needs)
+    return inputs, call if part is None else agree(inputs, call, split, part)
 
 
 def sequence_totals(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]
@@ -227,7 +245,9 @@ def sequence_totals(inputs: HeadInputs, call: HeadCall) -> Tensor:  # [B]
 def _rows(inputs: HeadInputs, call: HeadCall) -> RowValues:  # [*] each
     """`linear_logprob` of checked arguments, without reduction."""
     flat, options = inputs.flattened(), (call.transform, call.ignore_index, call.workspace_bytes)
-    if call.backend == "reference":
+    if call.shard is not None and call.shard.own_rows:
+        rows = run_own_rows(flat, call)
+    elif call.backend == "reference":
         rows = reference.head_rows(*flat, *options, entropy=call.outputs.entropy, hit=call.outputs.hit)
         check_result(rows.logp, hidden=flat.hidden, weight=flat.weight, bias=flat.bias)
     else:

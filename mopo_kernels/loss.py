@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -36,6 +37,7 @@ from mopo_kernels.checks import (
 )
 from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.policy import linear_policy_loss
+from mopo_kernels.head.ranks import RowsOf, Split
 from mopo_kernels.logprob import enter, sequence_totals
 from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
 from mopo_kernels.objective.target import LabelStatistics, measure
@@ -95,7 +97,7 @@ class StepCall:
 
     def check_values(self, inputs: HeadInputs, call: HeadCall, *valid: Tensor) -> bool:
         """Raise for a target or ref_logp that is refused; whether `valid` holds too, in the same read-back."""
-        vocab = inputs.weight.shape[0]
+        vocab = call.columns(inputs.weight)
         finite = [] if self.ref_logp is None else [self.ref_logp.isfinite().all()]
         if is_true(in_vocabulary(inputs.target, vocab, call.ignore_index), *finite, *valid):
             return True
@@ -137,6 +139,8 @@ def mopo_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    rows: RowsOf = "same",
 ) -> MOPOOutput:
     """MOPO policy step (arXiv 2505.10892, Eq. 3 and 7) on a batch of groups of responses.
 
@@ -167,7 +171,8 @@ def mopo_loss(
         index: where `hidden` and `target` hold only some sequences of the batch, their positions in `win_rate`, [S];
             the others count as left out (`clone` only). Skip them before the model runs, and the backbone is saved too.
         average: per-token mean instead of the sum in log π(y|x).
-        bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes, backend: as in `linear_logprob`.
+        bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes, backend, vocab_group, rows: as in
+            `linear_logprob`.
 
     Returns:
         MOPOOutput; `loss` is differentiable in hidden, weight and bias, nothing else is. An engine forms the gradients
@@ -183,6 +188,7 @@ def mopo_loss(
         step,
         win_rate.shape[:1].numel(),
         backend,
+        Split(vocab_group, rows, (win_rate, group, multipliers, ref_logp, lag_log_ratio, index)),
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -210,6 +216,8 @@ def policy_loss(
     min_weight: float = 1e-5,
     index: Tensor | None = None,  # [S]
     backend: str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    rows: RowsOf = "same",
     **options: Any,
 ) -> MOPOOutput:
     """`mopo_loss` of a batch whose `label_statistics` are there already.
@@ -221,19 +229,20 @@ def policy_loss(
     check_devices("hidden", hidden, labels=labels.slot)
     step = StepCall(policy_step, ref_logp, min_weight, index)
     inputs = HeadInputs(hidden, weight, options.pop("bias", None), target)
-    inputs, call = _enter(inputs, step, len(labels.slot), backend, **options)
+    split = Split(vocab_group, rows, (labels.weights, labels.slot, ref_logp, index))
+    inputs, call = _enter(inputs, step, len(labels.slot), backend, split, **options)
     step.check_values(inputs, call)
     return _policy_loss(inputs, call, labels, step)
 
 
 def _enter(
-    inputs: HeadInputs, step: StepCall, batch: int, backend: str | None, **options: Any
+    inputs: HeadInputs, step: StepCall, batch: int, backend: str | None, split: Split, **options: Any
 ) -> tuple[HeadInputs, HeadCall]:
     """Head and step, checked but for the values of tensors, and the call with who runs it."""
     check_sequences(inputs.hidden, inputs.target)
     step.check(inputs.hidden, batch)
     call = HeadCall.of(**{"temperature": 1.0, "ignore_index": -100, **options})
-    return enter(inputs._replace(target=token_ids(inputs.target)), call, backend)
+    return enter(inputs._replace(target=token_ids(inputs.target)), call, backend, split)
 
 
 def _policy_loss(inputs: HeadInputs, call: HeadCall, labels: LabelStatistics, step: StepCall) -> MOPOOutput:
@@ -243,7 +252,7 @@ def _policy_loss(inputs: HeadInputs, call: HeadCall, labels: LabelStatistics, st
         here = kept if index is None else kept[index]
         inputs = inputs._replace(target=inputs.target.masked_fill(~here.unsqueeze(-1), call.ignore_index))
         aim = aim if index is None else aim.take(index)
-    if call.backend != "reference" and any(call.needs):
+    if call.fuses:
         loss, logp, *_ = linear_policy_loss(*inputs, aim.packed(), step.policy_step, call.flat())
     else:
         logp = sequence_totals(inputs, call)

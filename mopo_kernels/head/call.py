@@ -15,6 +15,7 @@ from torch import Tensor
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.checks import check_positive
+from mopo_kernels.head.shard import Shard
 
 Needs = tuple[bool, bool, bool]  # whether the gradients of hidden, weight and bias are asked for
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of hidden, weight and bias
@@ -65,6 +66,9 @@ class HeadInputs(NamedTuple):
         return HeadInputs(cast(self.hidden), cast(self.weight), bias, self.target)
 
 
+_WHOLE = Shard(-1, 0, 0, 0, False)  # in numbers, a vocabulary that is not split
+
+
 class _Flat(NamedTuple):
     """A HeadCall in numbers."""
 
@@ -81,6 +85,11 @@ class _Flat(NamedTuple):
     entropy: float
     hit: float
     backend: float  # its place in the table
+    group: float  # what a Shard holds, or −1
+    first: float
+    vocab: float
+    largest: float
+    own_rows: float
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class HeadCall:
     needs: Needs = (False, False, False)
     average: bool = False  # over the rows of a sequence that count
     outputs: Outputs = NOTHING_ELSE
+    shard: Shard | None = None  # of the vocabulary, where weight holds but a part of it
 
     @classmethod
     def of(
@@ -122,9 +132,19 @@ class HeadCall:
         """The same call, which this backend runs."""
         return replace(self, backend=backend, needs=needs)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether an engine can form a loss's gradients in the pass that forms its logits."""
+        has_all_rows = self.shard is None or not self.shard.own_rows
+        return self.backend != "reference" and any(self.needs) and has_all_rows
+
+    def columns(self, weight: Tensor) -> int:
+        """Of the whole vocabulary."""
+        return weight.shape[0] if self.shard is None else self.shard.vocab
+
     def flat(self) -> list[float]:
         """The call as an operator takes it."""
-        names = list(backends.BACKENDS)
+        names, shard = list(backends.BACKENDS), self.shard or _WHOLE
         flat = _Flat(
             *self.transform,
             ignore_index=self.ignore_index,
@@ -135,6 +155,11 @@ class HeadCall:
             needs_bias=self.needs[2],
             **self.outputs._asdict(),
             backend=names.index(self.backend),
+            group=shard.group,
+            first=shard.first,
+            vocab=shard.vocab,
+            largest=shard.largest,
+            own_rows=shard.own_rows,
         )
         return [float(x) for x in flat]
 
@@ -154,4 +179,11 @@ def _unflat(numbers: tuple[float, ...]) -> HeadCall:
         needs=(bool(flat.needs_hidden), bool(flat.needs_weight), bool(flat.needs_bias)),
         average=bool(flat.average),
         outputs=Outputs(bool(flat.lse), bool(flat.entropy), bool(flat.hit)),
+        shard=_shard(flat),
     )
+
+
+def _shard(flat: _Flat) -> Shard | None:
+    if flat.group < 0:
+        return None
+    return Shard(int(flat.group), int(flat.first), int(flat.vocab), int(flat.largest), bool(flat.own_rows))

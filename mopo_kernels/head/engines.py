@@ -17,9 +17,10 @@ from mopo_kernels.backends.fold import Statistics
 from mopo_kernels.backends.triton import cut
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.cut import CutEngine
-from mopo_kernels.head.plan import HeadSizes, Logits, fits_kept, plan_for, seconds
+from mopo_kernels.head.plan import HeadSizes, Logits, Plan, fits_kept, plan_for, seconds
 from mopo_kernels.head.rates import rates_of
 from mopo_kernels.head.rows import Rows, count, split
+from mopo_kernels.head.sharded import ShardedEngine, of_shard
 from mopo_kernels.head.tiles import TileEngine
 
 
@@ -38,15 +39,16 @@ class Engine(Protocol):
         """The sums, in the dtypes of hidden, weight and bias; None where not needed."""
 
 
-def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None) -> str:
+def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None, *, is_split: bool = False) -> str:
     """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them.
 
-    With lse or entropies the cut kernels would spill registers: such calls go to Triton's tile engine. Rates are not
+    With lse or entropies the cut kernels would spill registers, and they do not know of columns elsewhere: such calls
+    go to Triton's tile engine. Rates are not
     asked under torch.compile: a choice by sizes would compile anew for each of them.
     """
     weight = inputs.weight
     choice = backends.choose("linear_logprob", weight.device.type, asked, weight.dtype)
-    if call.outputs.lse or call.outputs.entropy:
+    if is_split or call.outputs.lse or call.outputs.entropy:
         return "triton" if choice.backend == "cut" else choice.backend
     if choice.requested or choice.backend == "reference" or cut.UNAVAILABLE or torch.compiler.is_compiling():
         return choice.backend
@@ -76,7 +78,22 @@ def make_engine(
         return CutEngine(inputs, call, row_block=row_block), deal(rows, row_block)
     plan = plan_for(inputs, rows, call, logits)
     blocks = deal(rows, plan.row_block)
-    return TileEngine(inputs, call, plan, blocks=blocks), blocks
+    return _tile_engine(inputs, call, plan, rows, blocks=blocks), blocks
+
+
+def make_kept_engine(
+    inputs: HeadInputs, call: HeadCall, rows: Rows, kept: Tensor, *, is_filled: bool
+) -> tuple[Engine, Sequence[Rows]]:
+    """The tile engine over memory [N, V] for the logits of all rows, which another has filled or it will itself."""
+    blocks, plan = [rows] if count(rows) else [], plan_for(inputs, rows, call, "kept")
+    engine = _tile_engine(inputs, call, plan, rows, blocks=blocks, kept=kept, holds=rows if is_filled else None)
+    return engine, blocks
+
+
+def _tile_engine(inputs: HeadInputs, call: HeadCall, plan: Plan, rows: Rows, **options: Any) -> Engine:
+    if call.shard is None:
+        return TileEngine(inputs, call, plan, **options)
+    return ShardedEngine(TileEngine(of_shard(inputs, call.shard), call, plan, **options), call.shard, rows)
 
 
 def fused_gradients(

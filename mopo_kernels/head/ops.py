@@ -5,7 +5,6 @@ Arguments are validated and flattened at the door (logprob.py). What the operato
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,10 +15,9 @@ from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.backends.reference import RowValues
 from mopo_kernels.checks import check_result
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs, Outputs
-from mopo_kernels.head.engines import Engine, can_keep, fused_gradients, make_engine
-from mopo_kernels.head.plan import accumulate_dtype, compute_dtype, plan_for
-from mopo_kernels.head.rows import Rows, count, rows_that_count
-from mopo_kernels.head.tiles import TileEngine
+from mopo_kernels.head.engines import can_keep, fused_gradients, make_engine, make_kept_engine
+from mopo_kernels.head.plan import accumulate_dtype, compute_dtype
+from mopo_kernels.head.rows import Rows, rows_that_count
 
 Present = tuple[Tensor, Tensor, Tensor]  # gradients of hidden, weight and bias; [0] where not needed
 
@@ -78,8 +76,6 @@ def head_logprob(
     """
     inputs, options = HeadInputs(hidden, weight, bias, target.contiguous()), HeadCall.unflat(call)
     rows = rows_that_count(inputs.target, options.ignore_index)
-    engine: Engine
-    blocks: Sequence[Rows]
     values, saved = no_values(target, options.outputs), weight.new_empty(0)
 
     def record(rows: Rows, statistics: Statistics) -> None:
@@ -94,13 +90,12 @@ def head_logprob(
     else:
         if save == "logits":
             saved = new_empty(weight, _kept_shape(target, weight, save), compute_dtype(weight))
-            blocks = [rows] if count(rows) else []
-            engine = TileEngine(inputs, options, plan_for(inputs, rows, options, "kept"), blocks=blocks, kept=saved)
+            engine, blocks = make_kept_engine(inputs, options, rows, saved, is_filled=False)
         else:
             engine, blocks = make_engine(inputs, options, rows, "recompute")
         for block in blocks:
             record(block, engine.statistics(block))
-    check_result(values.logp, hidden=hidden, weight=weight, bias=bias)
+    check_result(values.logp, is_split=options.shard is not None, hidden=hidden, weight=weight, bias=bias)
     return *returned(values, accumulate_dtype(weight.dtype)), saved
 
 
@@ -132,11 +127,8 @@ def head_logprob_backward(
 ) -> Present:
     inputs, options = HeadInputs(hidden, weight, bias, target.contiguous()), HeadCall.unflat(call)
     rows = rows_that_count(inputs.target, options.ignore_index)
-    engine: Engine
-    blocks: Sequence[Rows]
     if logits.ndim == 2:
-        plan, blocks = plan_for(inputs, rows, options, "kept"), [rows] if count(rows) else []
-        engine = TileEngine(inputs, options, plan, blocks=blocks, kept=logits, holds=rows)
+        engine, blocks = make_kept_engine(inputs, options, rows, logits, is_filled=True)
     else:
         engine, blocks = make_engine(inputs, options, rows, "recompute")
     coefficients = upstream.double().contiguous()

@@ -53,6 +53,7 @@ class HeadSizes(NamedTuple):
     @classmethod
     def of(cls, inputs: HeadInputs, rows: Rows, call: HeadCall) -> HeadSizes:
         (vocab, hidden_size), weight = inputs.weight.shape, inputs.weight
+        vocab = vocab if call.shard is None else call.shard.largest
         return cls(
             *(max(count(rows), 1), hidden_size, vocab, weight.dtype, compute_dtype(weight)),
             gathered=not isinstance(rows, slice),

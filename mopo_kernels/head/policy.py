@@ -65,7 +65,7 @@ def linear_policy_loss(
 
     engine, blocks = make_engine(inputs, options, rows, "fused", deal)
     fused_gradients(engine, inputs.target, blocks, coefficient)
-    check_result(logp, hidden=hidden, weight=weight, bias=bias)
+    check_result(logp, is_split=options.shard is not None, hidden=hidden, weight=weight, bias=bias)
     grad_hidden, grad_weight, grad_bias = engine.finish()
     grad_hidden = None if grad_hidden is None else grad_hidden.reshape(hidden.shape)
     dtype = accumulate_dtype(weight.dtype)

@@ -9,6 +9,7 @@ import torch
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Transform
 from mopo_kernels.head.call import HeadCall, HeadInputs, Outputs
+from mopo_kernels.head.shard import Shard
 
 NEEDS = list(itertools.product((False, True), repeat=3))
 
@@ -21,6 +22,7 @@ def test_every_option_survives_the_numbers(needs):
     ]
     calls.append(HeadCall(Transform(2.5, 1.0, False), 2**40))
     calls += [HeadCall(Transform(2.5, 1.0, False), 0, outputs=Outputs(*outputs)) for outputs in NEEDS]
+    calls += [HeadCall(Transform(2.5, 1.0, False), 0, shard=Shard(3, 7, 11, 5, own)) for own in (False, True)]
     for call in calls:
         numbers = call.flat()
         assert all(type(x) is float for x in numbers)
