@@ -80,6 +80,18 @@ def test_trls_script(given, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_trls_online_script(given, monkeypatch, tmp_path):
+    pytest.importorskip("trl")
+    arguments = ["--model_name_or_path", given[0], "--dataset_name", given[1], "--output_dir", str(tmp_path / "out")]
+    arguments += ["--max_steps", "3", "--use_cpu", "--bf16", "False", "--report_to", "none", "--logging_steps", "1"]
+    arguments += ["--num_generations", "4", "--max_completion_length", "16", "--scale_rewards", "none"]
+    trainer = run("trl_grpo.py", arguments, monkeypatch, tmp_path)["trainer"]
+    assert trainer.state.global_step == 3
+    first, second = trainer.state.log_history[:2]
+    assert first["win_rate/brevity"] == pytest.approx(0.5, abs=0.35)  # the initial model against itself
+    assert second["multiplier/brevity"] == pytest.approx(max(0, -0.1 * first["slack/brevity"]))
+
+
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 40, path

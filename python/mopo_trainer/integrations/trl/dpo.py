@@ -14,121 +14,26 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
-from pathlib import Path
-from types import MethodType
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
-from mopo_kernels import MOPODual, MOPOOutput, linear_logprob, mopo_objective
+from mopo_kernels import MOPODual, MOPOOutput, mopo_objective
 from mopo_trainer.data import labels, objectives, to_groups
 from mopo_trainer.data.errors import DataError
+from mopo_trainer.integrations.trl.state import KeepsDual
 from mopo_trainer.names import it_has
-from mopo_trainer.training.head import Transform, head_input, linear_head
-from mopo_trainer.training.probe import PROBE_TOKENS, measure_transform
-from mopo_trainer.training.resume import STATE_FILE, RunState
 
 COLUMN = "mopo_win_rate"  # of a row: P(wins) of chosen and of rejected by each objective, NaN where unlabelled
 LOSS = "mopo"  # its name in DPOConfig's loss_type
 
 
-def add_mopo_head(model: PreTrainedModel | PeftModel, *, temperature: float = 1.0) -> None:
-    """Let `model(..., labels=labels, fused_lm_head=True)` compute what TRL's fused head does by `linear_logprob`.
-
-    For the model of a trainer of TRL's, once the trainer is made. What the model does to its logits (scale, softcap) is
-    measured, as MOPOTrainer does. Against TRL's head: entropy carries no gradient, a tie is a hit in `is_top1`,
-    `log_sum_sq_probs` (WPO's weights) is None, and `mean_logits` is NaN under a softcap.
-
-    Args:
-        temperature: what TRL's head divides logits by: GRPO's and RLOO's `temperature`, 1 in DPO.
-
-    Raises:
-        ValueError: a head that is no argument of `linear_logprob` (an adapter on it, logits bent in an unknown way), or
-            other log-probs than TRL's head gives on a few tokens (another temperature).
-    """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    otherwise, training = plain.forward, plain.training
-    ids = torch.arange(PROBE_TOKENS, device=plain.device)[None]
-    with torch.no_grad():
-        plain.eval()
-        transform = measure_transform(plain, ids[0].tolist())
-
-    @wraps(type(plain).forward)
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return otherwise(*args, **kwargs)
-        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        items = kwargs.pop("num_items_in_batch", None)
-        with head_input(self, lambda hidden: hidden[:, :1]) as captured:
-            output = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
-        hidden, target = (captured[-1], shifted) if labels is None else (captured[-1][:, :-1], labels[:, 1:])
-        head = _Head(linear_head(self), transform, temperature)
-        return head.scored(hidden, target, items, getattr(output, "aux_loss", None))
-
-    plain.forward = MethodType(forward, plain)
-    with torch.no_grad():
-        found = plain(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-        truth = otherwise(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
-        plain.train(training)
-    rounding = max(16 * torch.finfo(plain.dtype).eps, 1e-4)
-    if not torch.allclose(found, truth.to(found.dtype), rtol=rounding, atol=rounding):
-        plain.forward = otherwise
-        raise ValueError(
-            f"temperature={temperature}: a log-prob is {found[0, 0]:.3f} where TRL's head gives {truth[0, 0]:.3f}; "
-            "give the trainer's own temperature, or keep TRL's head"
-        )
-
-
-class _Head(NamedTuple):
-    """A head, and what becomes of its logits."""
-
-    layer: nn.Linear
-    transform: Transform
-    temperature: float
-
-    def scored(
-        self,
-        hidden: Tensor,  # [B, L, H]
-        target: Tensor,  # [B, L]
-        items: Any,  # what the loss is divided by; None: the tokens that count
-        router_loss: Tensor | None,
-    ) -> FusedCausalLMOutput:
-        weight, bias, transform = self.layer.weight, self.layer.bias, self.transform
-        hidden, counts = hidden.to(weight.dtype), target != -100
-        logp, entropy, hit = linear_logprob(
-            hidden,
-            weight,
-            target,
-            bias=bias,
-            temperature=self.temperature,
-            softcap=transform.softcap,
-            logit_scale=transform.logit_scale,
-            return_entropy=True,
-            return_hit=True,
-        )
-        with torch.no_grad():  # a mean over the vocabulary is one row of the head
-            mean = F.linear(hidden, weight.mean(0, keepdim=True), None if bias is None else bias.mean(0, keepdim=True))
-            mean = mean[..., 0].float() * transform.logit_scale / self.temperature
-        return FusedCausalLMOutput(
-            loss=-logp.sum() / (counts.sum().clamp(min=1) if items is None else items),
-            log_probs=logp,
-            entropy=entropy,
-            mean_logits=mean.masked_fill(~counts, 0) if transform.softcap is None else mean * torch.nan,
-            is_top1=hit,
-            label_mask=counts,
-            aux_loss=router_loss,
-        )
-
-
-class MOPODPOTrainer(DPOTrainer):
+class MOPODPOTrainer(KeepsDual, DPOTrainer):
     """TRL's DPOTrainer that maximises one objective while others stay above thresholds (arXiv 2505.10892).
 
     Rows hold what DPOTrainer takes (prompt, chosen, rejected) and their labels as `preference` ({objective: P(chosen
@@ -190,7 +95,6 @@ class MOPODPOTrainer(DPOTrainer):
             update=dual_update,
         )
         self._labels: list[Tensor] = []  # [2·B, K] of the running step's micro-batches
-        self._resumed = False
         self.data_collator: Any = LabelledCollator(self.data_collator)
         self.add_callback(_MovesDual(self))
 
@@ -292,11 +196,11 @@ class MOPODPOTrainer(DPOTrainer):
 
     def start_dual(self) -> None:
         """Before the first step: the multipliers on all labels, unless a checkpoint has brought them."""
-        if not self._resumed:
+        if not self.resumed:
             win_rate = torch.tensor(self.train_dataset[COLUMN], dtype=torch.float64)  # [P, 2, K]
             group = torch.arange(len(win_rate)).repeat_interleave(2)
             self.dual.refresh(win_rate.flatten(0, 1), group)
-        self._resumed = False
+        self.resumed = False
 
     def step_dual(self) -> None:
         """After an optimizer step: move the multipliers by the labels of all its micro-batches."""
@@ -304,30 +208,9 @@ class MOPODPOTrainer(DPOTrainer):
         self._labels = []
         self.dual.update(pairs.flatten(0, 1), torch.arange(pairs.shape[1]).repeat(2))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            RunState(self.dual.state_dict(), {}, self._identity()).write(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        if not (folder / STATE_FILE).is_file():
-            raise ValueError(
-                f"resume_from_checkpoint={folder}: it holds no multipliers ({STATE_FILE}); start a new run"
-            )
-        state = RunState.read(folder)
-        state.check(self.dual, str(folder), self._identity(), needs_reference=False)
-        if state.identity != self._identity():
-            raise ValueError(f"resume_from_checkpoint={folder}: its run had other labels; resume with the same data")
-        self.dual.load_state_dict(state.dual)
-        self._resumed = True
-
-    def _identity(self) -> dict[str, str]:
-        """A hash of the labels; weights are the checkpoint's own."""
+    def stands_on(self) -> dict[str, str]:
         win_rate = torch.tensor(self.train_dataset[COLUMN], dtype=torch.float64)
-        return {"model": "", "labels": hashlib.sha256(win_rate.numpy().tobytes()).hexdigest()}
+        return super().stands_on() | {"labels": hashlib.sha256(win_rate.numpy().tobytes()).hexdigest()}
 
 
 class LabelledCollator:
