@@ -12,6 +12,7 @@ from tiny import make_pairs, make_tiny_model, plain_logps
 from transformers import AutoModelForCausalLM
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, solve_dual
+from mopo_trainer.data import labels, to_groups
 from mopo_trainer.data.errors import DataError
 
 pytest.importorskip("trl")
@@ -209,6 +210,95 @@ def test_labels_that_are_win_rates_are_read_as_such(folder, tmp_path, tokenizer)
     assert batch_of(trainer)["mopo_win_rate"][:, 0].tolist() == [0.8] * 4 + [0.2] * 4
 
 
+def groups_of(sizes):
+    """Rows of several responses: the friendlier ones are longer."""
+    texts = ["No.", "Well, no.", "I am afraid not.", "Sadly not, my dear friend!", "Oh no, my very dear friend, sorry!"]
+    return [
+        {
+            "prompt": f"Question {i}?",
+            "responses": texts[i % 2 :][:n],
+            "ratings": {"friendly": list(range(n)), "brief": [0.5 * (j < 2) for j in range(n)]},
+        }
+        for i, n in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("policy_step", ["clone", "contrast", "regress"])
+def test_groups_of_any_size(folder, tmp_path, tokenizer, policy_step):
+    """Responses in pairs for TRL, in groups for the loss: that of the plain log-probs of each response once."""
+    rows = groups_of([3, 2, 4, 3])
+    trainer = make(folder, tmp_path, tokenizer, rows=rows, trainer={"policy_step": policy_step})
+    trainer.start_dual()
+    expected = solve_dual(*labels(to_groups(rows), ["friendly", "brief"]), torch.tensor([0.4]), tau=0.1)
+    torch.testing.assert_close(trainer.dual.multipliers, expected.multipliers, rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = batch_of(trainer)
+    assert len(batch["input_ids"]) == 2 * (2 + 1 + 2 + 2)
+    loss = trainer.compute_loss(trainer.model, batch)
+    once = batch["mopo_group"] >= 0
+    assert once.sum() == 3 + 2 + 4 + 3
+    sequences = [x for x, kept in zip(sequences_of(batch), once, strict=True) if kept]
+    assert len({tuple(ids) for ids, _ in sequences}) == 12
+    logp, ref_logp = (plain_logps(model, sequences) for model in (trainer.model, trainer.ref_model))
+    given = batch["mopo_win_rate"][once], batch["mopo_group"][once], trainer.dual.multipliers
+    reference = None if policy_step == "clone" else ref_logp
+    expected = mopo_objective(logp, *given, tau=0.1, ref_logp=reference, policy_step=policy_step).loss
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for (ids, prompt), win_rate, group in zip(sequences, *given[:2], strict=True):  # each its own label
+        row = rows[int(group)]
+        place = [tokenizer(text + "<|end|>")["input_ids"] for text in row["responses"]].index(ids[prompt:])
+        assert win_rate[0] == pytest.approx(place / (len(row["responses"]) - 1))
+
+
+@pytest.mark.slow
+def test_groups_train_evaluate_and_resume(folder, tmp_path, tokenizer):
+    rows = groups_of([4, 3, 4, 2, 5, 4, 3, 3])
+    options = {"rows": rows, "trainer": {"eval_dataset": Dataset.from_list(rows[:3]), "dual_update": "sgd"}}
+    options |= {"precompute_ref_log_probs": True, "per_device_train_batch_size": 2, "remove_unused_columns": True}
+    whole = make(folder, tmp_path, tokenizer, save_strategy="steps", save_steps=2, **options)
+    whole.train()
+    assert whole.evaluate()["eval_win_rate/friendly"] > 0.9
+    resumed = make(folder, tmp_path / "again", tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(resumed.dual.multipliers, whole.dual.multipliers)
+
+
+@pytest.mark.parametrize("column", ["preference", "ratings", "comparisons", "ratings, soft", "scored"])
+def test_every_kind_of_label(folder, tmp_path, tokenizer, column):
+    """The same two objectives in each column that rows may carry."""
+    kept, options = ("prompt", "chosen", "rejected"), {}
+    rows = [{key: row[key] for key in kept} for row in make_pairs()]
+    expected = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for row in rows:
+        if column == "preference":
+            row["preference"] = {"friendly": 1.0, "brief": 0.0}
+        elif column == "comparisons":
+            row["comparisons"] = {"friendly": [[0, 1, 1.0]], "brief": [[1, 0, 1.0]]}
+        elif column != "scored":
+            row["ratings"] = {"friendly": [4.0, 2.0], "brief": [1.0, 3.0]}
+    if column == "ratings, soft":
+        options["rating_scale"] = 2.0
+        soft = torch.tensor([1.0, -1.0]).sigmoid()
+        expected = torch.stack([soft, soft.flip(0)])
+    if column == "scored":
+        options["scorers"] = {"friendly": lambda _, text: len(text), "brief": lambda _, text: -len(text)}
+    trainer = make(folder, tmp_path, tokenizer, rows=rows, trainer=options)
+    assert ("preferred" in trainer.dual.objectives) == (column != "preference")  # what chosen beats rejected on
+    found = batch_of(trainer)["mopo_win_rate"][:, [trainer.dual.objectives.index(x) for x in ("friendly", "brief")]]
+    torch.testing.assert_close(found, expected.double().repeat_interleave(4, 0), atol=1e-6, rtol=0)
+
+
+def test_a_group_that_trl_cuts_is_refused(folder, tmp_path, tokenizer, monkeypatch):
+    """TRL leaves out rows whose prompt fills max_length, and where its tokens end depends on the response."""
+    prepare = DPOTrainer._prepare_dataset
+    monkeypatch.setattr(DPOTrainer, "_prepare_dataset", lambda *args: prepare(*args).select([0, 1, 3]))
+    with pytest.raises(DataError, match="row 1 of the train data: max_length leaves out some of its responses"):
+        make(folder, tmp_path, tokenizer, rows=groups_of([4, 4]))
+
+
 def test_what_is_refused(folder, tmp_path, tokenizer):
     def refused(error, match, rows=None, trainer=None, **options):
         with pytest.raises(error, match=match):
@@ -221,8 +311,7 @@ def test_what_is_refused(folder, tmp_path, tokenizer):
     refused(ValueError, "thresholds names 'short'", trainer={"thresholds": {"short": 0.5}})
     bad = [{**row, "preference": {"friendly": 2.0}} for row in make_pairs()]
     refused(DataError, "friendly", rows=bad)
-    groups = [{"prompt": "Hi?", "responses": ["a", "b", "c"], "ratings": {"friendly": [1, 2, 3]}}]
-    refused(DataError, "without exactly two responses", rows=groups)
+    refused(ValueError, r"loss_type=\['sft'\] are losses of pairs", rows=groups_of([3]), loss_type=["mopo", "sft"])
     stream = Dataset.from_list(make_pairs()).to_iterable_dataset()
     refused(ValueError, "give a Dataset, all of whose labels count", trainer={"train_dataset": stream})
     ties = [{**row, "preference": {"friendly": 1.0, "brief": 0.5}} for row in make_pairs()]

@@ -12,24 +12,30 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from mopo_kernels import MOPODual, MOPOOutput, mopo_objective
+from mopo_kernels import MOPODual, MOPOOutput, label_statistics, mopo_objective
 from mopo_trainer.data import labels, objectives, to_groups
 from mopo_trainer.data.errors import DataError
 from mopo_trainer.integrations.trl.state import KeepsDual
 from mopo_trainer.names import it_has
 
 COLUMN = "mopo_win_rate"  # of a row: P(wins) of chosen and of rejected by each objective, NaN where unlabelled
+GROUP = "mopo_group"  # of a row: the group of chosen and of rejected; COPY where rejected is one that stands elsewhere
+COPY = -1
+KEPT = ("tools", "chat_template_kwargs")  # columns that TRL's tokenization reads
 LOSS = "mopo"  # its name in DPOConfig's loss_type
 
 
@@ -37,9 +43,11 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
     """TRL's DPOTrainer that maximises one objective while others stay above thresholds (arXiv 2505.10892).
 
     Rows hold what DPOTrainer takes (prompt, chosen, rejected) and their labels as `preference` ({objective: P(chosen
-    beats rejected)}), `ratings` or `comparisons`, as everywhere here (`mopo_trainer.data.to_groups`); each row is a
-    group of two. Everything else is DPOTrainer's and keeps its meaning: reference models and precomputed reference
-    log-probs, PEFT, accumulation, evaluation, checkpoints, metrics.
+    beats rejected)}), `ratings` or `comparisons`, as everywhere here (`mopo_trainer.data.to_groups`). A row with
+    `responses` instead is a group of as many: batch sizes count groups, and TRL's metrics of chosen and rejected
+    compare the pairs that a group is laid out in, the best response by the primary objective beside the worst, and on.
+    Everything else is DPOTrainer's and keeps its meaning: reference models and precomputed reference log-probs, PEFT,
+    accumulation, evaluation, checkpoints, metrics.
 
     Args:
         args, kwargs: DPOTrainer's. In `DPOConfig`, `loss_type=["mopo", "sft"], loss_weights=[1.0, 0.1]` adds losses of
@@ -57,7 +65,7 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
     objective, ess and kl: those of the target, which the policy is trained towards.
 
     Raises:
-        DataError: rows that hold no pair, or whose labels cannot be read.
+        DataError: rows whose responses or labels cannot be read.
         ValueError: an objective that the data does not carry; options of DPOConfig that have no meaning here.
         InfeasibleThresholds: (from `train`, before the first step) thresholds above what the labels allow.
     """
@@ -84,6 +92,7 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
         self._read = partial(to_groups, adapter="none", scorers=scorers, rating_scale=rating_scale)
         self._wanted = [primary, *(thresholds or {})]
         self._objectives: list[str] = []  # of the training data, the primary first
+        self._grouped = False  # whether any row has more responses than two
         super().__init__(*args, **kwargs)
         self.loss_types, self.loss_weights, self.share = _losses(self.loss_types, self.loss_weights)
         self.dual = MOPODual(
@@ -94,17 +103,29 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
             eps=eps,
             update=dual_update,
         )
-        self._labels: list[Tensor] = []  # [2·B, K] of the running step's micro-batches
+        if self.loss_types and self._grouped:
+            raise ValueError(
+                f"loss_type={self.loss_types} are losses of pairs; with groups of more give ['{LOSS}'] alone"
+            )
+        self._labels: list[tuple[Tensor, Tensor]] = []  # [M, K], [M] of the running step's micro-batches
         self.data_collator: Any = LabelledCollator(self.data_collator)
         self.add_callback(_MovesDual(self))
 
     # ------------------------------------------------------------------------------------------------------- data
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Any:
-        return super()._prepare_dataset(self._labelled(dataset, dataset_name), processing_class, args, dataset_name)
+        labelled = self._labelled(dataset, dataset_name)
+        prepared = super()._prepare_dataset(labelled, processing_class, args, dataset_name)
+        left, whole = Counter(_first_groups(prepared)), Counter(_first_groups(labelled))
+        cut = next((group for group in left if left[group] != whole[group]), None)
+        if cut is not None:
+            raise DataError(
+                f"row {cut} of the {dataset_name} data: max_length leaves out some of its responses; raise it"
+            )
+        return prepared
 
     def _labelled(self, dataset: Any, name: str) -> Dataset:
-        """The rows with their win rates as a column."""
+        """Rows of two responses each, with their win rates and groups as columns."""
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"the {name} data are a {type(dataset).__name__}; give a Dataset, all of whose labels count"
@@ -112,31 +133,45 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
         if COLUMN in dataset.column_names:
             return dataset
         groups = self._read(dataset)
-        if len(groups) != len(dataset) or any(len(responses) != 2 for responses in groups["responses"]):
-            raise DataError(f"the {name} data hold rows without exactly two responses; MOPOTrainer takes larger groups")
         known = objectives(groups)
         if not self._objectives:
             self._objectives = _in_order(known, self._wanted)
-        win_rate = torch.full((len(dataset), 2, len(self._objectives)), torch.nan, dtype=torch.float64)
-        for k, objective in enumerate(self._objectives):
-            if objective in known:
-                win_rate[:, :, k] = labels(groups, [objective])[0].view(-1, 2)
-        return dataset.add_column(COLUMN, win_rate.tolist())
+        there = [k for k, objective in enumerate(self._objectives) if objective in known]
+        values, group = labels(groups, [self._objectives[k] for k in there])
+        win_rate = torch.full((len(values), len(self._objectives)), torch.nan, dtype=torch.float64)
+        win_rate[:, there] = values.double()
+        layout = [_pairs(of_group[:, 0]) for of_group in win_rate.split(group.bincount().tolist())]
+        self._grouped |= any(len(pairs) > 1 for pairs in layout)
+        if "responses" in dataset.column_names:
+            dataset = _rows_of_pairs(dataset, groups, layout)
+        first = (group.bincount().cumsum(0) - group.bincount()).tolist()
+        index = [[first[g] + i, first[g] + j] for g, pairs in enumerate(layout) for i, j, _ in pairs]
+        of_row = [[g, COPY if copy else g] for g, pairs in enumerate(layout) for _, _, copy in pairs]
+        return dataset.add_column(COLUMN, win_rate[torch.tensor(index)].tolist()).add_column(GROUP, of_row)
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        """Batches of whole groups."""
+        groups = _WholeGroups(self._remove_unused_columns(dataset, description))
+        if self.accelerator.num_processes > 1 and len(set(groups.sizes)) > 1:
+            raise ValueError(
+                "several processes need groups of one size, since TRL gathers its metrics response by response; "
+                "MOPOTrainer takes any"
+            )
+        return super()._get_dataloader(groups, description, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if COLUMN not in self._signature_columns:
-            self._signature_columns.append(COLUMN)
+        self._signature_columns += [name for name in (COLUMN, GROUP) if name not in self._signature_columns]
 
     # ------------------------------------------------------------------------------------------------------- loss
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return super().compute_ref_log_probs(model, {key: x for key, x in inputs.items() if key != COLUMN})
+        return super().compute_ref_log_probs(model, {key: x for key, x in inputs.items() if key not in (COLUMN, GROUP)})
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """TRL's forward passes, metrics and other losses, and our loss of the log-probs that these made."""
         inputs = dict(inputs)
-        win_rate = inputs.pop(COLUMN)
+        win_rate, group = inputs.pop(COLUMN), inputs.pop(GROUP)
         with self._captured() as log_probs:
             found = super()._compute_loss(model, inputs, return_outputs)
         others, outputs = found if return_outputs else (found, None)
@@ -144,8 +179,9 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
         logp, *reference = (x[:, -length:].sum(1) for x in log_probs[:2])
         if self.precompute_ref_logps:
             reference = [torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])]
-        output = self._objective(logp, reference[0], win_rate)
-        self._remember(output, win_rate)
+        kept = group != COPY
+        output = self._objective(logp[kept], reference[0][kept], win_rate[kept], group[kept])
+        self._remember(win_rate, group)
         loss = others + self.share * output.loss
         return (loss, outputs) if return_outputs else loss
 
@@ -162,11 +198,11 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
                 hooks.callback(model.register_forward_hook(remember).remove)
             yield found
 
-    def _objective(self, logp: Tensor, ref_logp: Tensor, win_rate: Tensor) -> MOPOOutput:
+    def _objective(self, logp: Tensor, ref_logp: Tensor, win_rate: Tensor, group: Tensor) -> MOPOOutput:
         return mopo_objective(
             logp,
             win_rate,
-            torch.arange(len(logp) // 2, device=logp.device).repeat(2),
+            group,
             self.dual.multipliers.to(logp.device),
             tau=self.dual.tau,
             eps=float(self.dual.eps),
@@ -174,20 +210,24 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
             policy_step=self.policy_step,
         )
 
-    def _remember(self, output: MOPOOutput, win_rate: Tensor) -> None:
-        """What the dual moves by, and what is logged."""
-        training = self.model.training
+    def _remember(self, win_rate: Tensor, group: Tensor) -> None:
+        """What the dual moves by, and what is logged: estimates of the batches of all processes."""
+        training, dual = self.model.training, self.dual
         if training:
-            self._labels.append(win_rate.cpu())
-        dual, metrics = self.dual, self._metrics["train" if training else "eval"]
-        values = {"ess": output.ess.item(), "kl": output.kl.item()}
+            self._labels.append((win_rate[group != COPY].cpu(), group[group != COPY].cpu()))
+        one_of_rank = group * self.accelerator.num_processes + self.accelerator.process_index
+        win_rate, group = self.accelerator.gather((win_rate, one_of_rank.where(group != COPY, COPY)))
+        win_rate, group = win_rate[group != COPY].cpu(), group[group != COPY].cpu()
+        found = label_statistics(win_rate, group, dual.multipliers.cpu(), tau=dual.tau, eps=float(dual.eps)).values
+        values = {"ess": found.ess.item(), "kl": found.kl.item()}
         thresholds = dict(zip(dual.secondaries, dual.thresholds.tolist(), strict=True))
         for k, name in enumerate(dual.objectives):
-            values |= {f"win_rate/{name}": output.win_rates[k].item(), f"bound/{name}": output.lower_bounds[k].item()}
+            values |= {f"win_rate/{name}": found.win_rates[k].item(), f"bound/{name}": found.lower_bounds[k].item()}
             values[f"multiplier/{name}"] = dual.multipliers[k].item()
             if thresholds.get(name, -torch.inf) > -torch.inf:
                 values |= {f"threshold/{name}": thresholds[name]}
                 values |= {f"slack/{name}": values[f"bound/{name}"] - thresholds[name]}
+        metrics = self._metrics["train" if training else "eval"]
         for key, value in values.items():
             if value == value:  # an objective that the batch does not label has no estimate
                 metrics[key].append(value)
@@ -197,31 +237,78 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
     def start_dual(self) -> None:
         """Before the first step: the multipliers on all labels, unless a checkpoint has brought them."""
         if not self.resumed:
-            win_rate = torch.tensor(self.train_dataset[COLUMN], dtype=torch.float64)  # [P, 2, K]
-            group = torch.arange(len(win_rate)).repeat_interleave(2)
-            self.dual.refresh(win_rate.flatten(0, 1), group)
+            self.dual.refresh(*self._all_labels())
         self.resumed = False
 
     def step_dual(self) -> None:
         """After an optimizer step: move the multipliers by the labels of all its micro-batches."""
-        pairs = torch.cat([x.unflatten(0, (2, -1)) for x in self._labels], 1)  # [2, B, K]
+        win_rate, group = (torch.cat(x) for x in zip(*self._labels, strict=True))
         self._labels = []
-        self.dual.update(pairs.flatten(0, 1), torch.arange(pairs.shape[1]).repeat(2))
+        self.dual.update(win_rate, group)
 
     def stands_on(self) -> dict[str, str]:
-        win_rate = torch.tensor(self.train_dataset[COLUMN], dtype=torch.float64)
-        return super().stands_on() | {"labels": hashlib.sha256(win_rate.numpy().tobytes()).hexdigest()}
+        labels = hashlib.sha256(b"".join(x.numpy().tobytes() for x in self._all_labels())).hexdigest()
+        return super().stands_on() | {"labels": labels}
+
+    def _all_labels(self) -> tuple[Tensor, Tensor]:  # [M, K], [M]
+        win_rate = torch.tensor(self.train_dataset[COLUMN], dtype=torch.float64).flatten(0, 1)
+        group = torch.tensor(self.train_dataset[GROUP]).flatten()
+        return win_rate[group != COPY], group[group != COPY]
 
 
 class LabelledCollator:
-    """A collator of preference pairs, and their win rates [2·B, K]: the chosen's, then the rejected's."""
+    """TRL's collator, and the win rates [2·B, K] and groups [2·B] of its rows: the chosen's, then the rejected's."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collate = collate
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        win_rate = torch.tensor([example[COLUMN] for example in examples], dtype=torch.float64)  # [B, 2, K]
-        return self.collate(examples) | {COLUMN: win_rate.transpose(0, 1).flatten(0, 1)}
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        rows = [row for group in examples for row in (group if isinstance(group, list) else [group])]
+        win_rate = torch.tensor([row[COLUMN] for row in rows], dtype=torch.float64)  # [B, 2, K]
+        group = torch.tensor([row[GROUP] for row in rows])  # [B, 2]
+        return self.collate(rows) | {COLUMN: win_rate.transpose(0, 1).flatten(0, 1), GROUP: group.T.flatten()}
+
+
+class _WholeGroups(torch.utils.data.Dataset):
+    """The rows of each group, as one example."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+        self.sizes = list(Counter(_first_groups(rows)).values())
+        self.ends = np.cumsum(self.sizes).tolist()
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.rows[i] for i in range(self.ends[index] - self.sizes[index], self.ends[index])]
+
+
+def _first_groups(rows: Dataset) -> list[int]:
+    return [first for first, _ in rows[GROUP]]
+
+
+def _pairs(primary: Tensor) -> list[tuple[int, int, bool]]:  # [n]
+    """A group laid out in pairs, the best by the primary beside the worst; the second of an odd one out is a copy."""
+    if len(primary) == 2:
+        return [(0, 1, False)]
+    order = primary.nan_to_num(0.5).argsort(descending=True, stable=True).tolist()
+    half = len(order) // 2
+    pairs = [(order[i], order[-1 - i], False) for i in range(half)]
+    return pairs + [(order[half], order[-1], True)] * (len(order) % 2)
+
+
+def _rows_of_pairs(dataset: Dataset, groups: Dataset, layout: list[list[tuple[int, int, bool]]]) -> Dataset:
+    kept = [name for name in KEPT if name in dataset.column_names]
+    rows: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", *kept)}
+    for group, row, pairs in zip(groups, dataset.select_columns(kept or dataset.column_names), layout, strict=True):
+        for chosen, rejected, _ in pairs:
+            rows["prompt"].append(group["prompt"])
+            rows["chosen"].append(group["responses"][chosen])
+            rows["rejected"].append(group["responses"][rejected])
+            for name in kept:
+                rows[name].append(row[name])
+    return Dataset.from_dict(rows)
 
 
 class _MovesDual(TrainerCallback):
