@@ -100,7 +100,13 @@ def cpu_extensions() -> list[Extension]:
         return []
     extension = Pybind11Extension(
         "mopo_kernels._cpu",
-        ["csrc/cpu/fold.cpp", "csrc/cpu/fold_portable.cpp", "csrc/cpu/batch.cpp", "csrc/cpu/bindings.cpp"],
+        [
+            "csrc/cpu/fold.cpp",
+            "csrc/cpu/fold_portable.cpp",
+            "csrc/cpu/sample.cpp",
+            "csrc/cpu/batch.cpp",
+            "csrc/cpu/bindings.cpp",
+        ],
         depends=[*SHARED_HEADERS, *sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))],
         cxx_std=17,
         extra_compile_args=[*FLAGS, *OPENMP],

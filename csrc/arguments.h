@@ -74,6 +74,47 @@ inline GradientRows gradient_of(const Tile& tile, const std::vector<Address>& pe
             per_row.size() > 2 ? pointer<const double>(per_row[2]) : nullptr, pointer<void>(out), row_stride};
 }
 
+inline Samples samples_of(Address columns, const Tensor& values, Address counts, std::pair<int64_t, int64_t> shape) {
+    const auto [rows, capacity] = shape;
+    if (rows < 0 || capacity < 0) throw std::invalid_argument("negative size");
+    const DType dtype = dtype_of(values.second);
+    if (element_size(dtype) < 4) throw std::invalid_argument("values of samples are float32 or float64");
+    check_rows(rows * capacity, {columns, values.first, counts});
+    return {pointer<int32_t>(columns), pointer<void>(values.first), dtype, pointer<int32_t>(counts), rows, capacity};
+}
+
+inline Matrix matrix_of(const Tensor& data, std::pair<int64_t, int64_t> shape, int64_t row_stride) {
+    const auto [rows, columns] = shape;
+    if (rows < 0 || columns < 0) throw std::invalid_argument("negative size");
+    if (rows > 1 && row_stride < columns) throw std::invalid_argument("rows of the matrix overlap");
+    check_rows(rows * columns, {data.first});
+    return {pointer<void>(data.first), dtype_of(data.second), rows, columns, row_stride};
+}
+
+// The values' dtype, as that of what they were drawn from or are multiplied with asks for it.
+inline void check_values(const Samples& samples, DType dtype) {
+    if ((samples.dtype == DType::float64) != (dtype == DType::float64))
+        throw std::invalid_argument("values of samples are float64 beside float64 and float32 beside what is narrower");
+}
+
+inline Sampling sampling_of(const Tile& tile, const Samples& samples, const std::vector<Address>& per_row,
+                            double floor) {
+    if (per_row.size() != 2) throw std::invalid_argument("the kernel takes lse and running sums");
+    if (samples.rows != tile.rows) throw std::invalid_argument("tile and samples differ in rows");
+    if (!(floor > 0 && floor < 1)) throw std::invalid_argument("the floor lies between 0 and 1");
+    check_rows(tile.rows, per_row);
+    check_values(samples, tile.dtype);
+    return {pointer<const double>(per_row[0]), pointer<double>(per_row[1]), floor};
+}
+
+// Of samples with a matrix that has a row for each column of theirs, or (transposed) for each row of theirs.
+inline void check_product(const Samples& samples, const Matrix& matrix, const Matrix& out, bool transposed) {
+    check_values(samples, matrix.dtype);
+    if (matrix.dtype != out.dtype) throw std::invalid_argument("a product has the dtype of its matrix");
+    if (matrix.columns != out.columns || samples.rows != (transposed ? matrix : out).rows)
+        throw std::invalid_argument("sizes of samples, matrix and product do not fit");
+}
+
 inline Floats floats(const Tensor& tensor) {
     const std::string& dtype = tensor.second;
     if (dtype != "float32" && dtype != "float64")
@@ -109,6 +150,10 @@ inline void define_structs(py::module_& m) {
     py::class_<Tile>(m, "Tile", local)
         .def(py::init(&tile_of), arg("logits"), arg("rows"), arg("columns"), arg("row_stride"), arg("first_column"),
              arg("bias"), arg("target"));
+    py::class_<Samples>(m, "Samples", local)
+        .def(py::init(&samples_of), arg("columns"), arg("values"), arg("counts"), arg("shape"));
+    py::class_<Matrix>(m, "Matrix", local)
+        .def(py::init(&matrix_of), arg("data"), arg("shape"), arg("row_stride"));
     py::class_<Sequences>(m, "Sequences", local)
         .def(py::init(&sequences_of), arg("logp"), arg("target"), arg("shape"), arg("row_strides"),
              arg("ignore_index"));

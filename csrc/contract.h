@@ -56,6 +56,33 @@ struct GradientRows {
     int64_t row_stride;
 };
 
+// Entries of sampled rows, `capacity` places for each row.
+struct Samples {
+    int32_t* columns;  // [rows, capacity] of the whole vocabulary
+    void* values;  // [rows, capacity]
+    DType dtype;  // of the values: float32, or float64 for float64 tiles
+    int32_t* counts;  // [rows] entries of a row, at its first places
+    int64_t rows;
+    int64_t capacity;
+};
+
+// What a tile is sampled with. p >= floor stays exact; the others are rounded to 0 or to the floor.
+struct Sampling {
+    const double* lse;  // [rows]
+    double* running;  // [rows] sum over the columns before this tile's, on the grid
+    double floor;
+};
+
+// (t + GRID) - GRID in double rounds t <= 1 to a multiple of 2^-40, to the nearest even.
+constexpr double GRID = 6144;
+
+// Rows of a matrix, any stride apart, the elements of one side by side.
+struct Matrix {
+    void* data;
+    DType dtype;
+    int64_t rows, columns, row_stride;
+};
+
 // Log-probabilities and targets of sequences; rows lie any stride apart, the elements of one side by side.
 struct Sequences {
     int64_t rows, columns;

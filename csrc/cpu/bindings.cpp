@@ -45,6 +45,28 @@ void gradient(const Tile& tile, const Transform& transform, const std::vector<Ad
     fold_gradient(tile, transform, gradient, threads);
 }
 
+void sample(const Tile& tile, const Transform& transform, const Samples& samples, const std::vector<Address>& per_row,
+            double floor, int64_t queue) {
+    const Sampling sampling = sampling_of(tile, samples, per_row, floor);
+    const int threads = threads_of(queue);
+    const py::gil_scoped_release release;
+    fold_sample(tile, transform, sampling, samples, threads);
+}
+
+void hidden_of(const Samples& samples, const Matrix& weight, const Matrix& out, int64_t queue) {
+    check_product(samples, weight, out, false);
+    const int threads = threads_of(queue);
+    const py::gil_scoped_release release;
+    sample_hidden(samples, weight, out, threads);
+}
+
+void weight_of(const Samples& samples, const Matrix& hidden, const Matrix& out, int64_t queue) {
+    check_product(samples, hidden, out, true);
+    const int threads = threads_of(queue);
+    const py::gil_scoped_release release;
+    sample_weight(samples, hidden, out, threads);
+}
+
 void sums(const Sequences& sequences, Address sums, Address counts, int64_t queue) {
     check_rows(sequences.rows, {sums, counts});
     const int threads = threads_of(queue);
@@ -77,6 +99,9 @@ PYBIND11_MODULE(_cpu, m) {
     define_structs(m);
     m.def("statistics", &statistics);
     m.def("gradient", &gradient);
+    m.def("sample", &sample);
+    m.def("sample_hidden", &hidden_of);
+    m.def("sample_weight", &weight_of);
     m.def("sequence_sums", &sums);
     m.def("label_statistics", &statistics_of_labels);
     m.def("statistics_scratch", [](const Tile&) { return 0; });

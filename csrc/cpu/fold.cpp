@@ -49,6 +49,7 @@ bool isa_supported(Isa isa) {
 }
 
 Isa current_isa() { return active_isa(); }
+const RowKernels& current_kernels() { return kernels_of(active_isa()); }
 
 void choose_isa(Isa isa) {
     if (!isa_supported(isa)) throw std::invalid_argument("this CPU does not have the instruction set asked for");
@@ -56,7 +57,7 @@ void choose_isa(Isa isa) {
 }
 
 void fold_statistics(const Tile& tile, const Transform& transform, const Statistics& statistics, int threads) {
-    const RowKernels& kernels = kernels_of(current_isa());
+    const RowKernels& kernels = current_kernels();
     const int type = static_cast<int>(tile.dtype);
     const int64_t element = element_size(tile.dtype);
     const int64_t bias_element = tile.dtype == DType::float64 ? 8 : 4;
@@ -77,7 +78,7 @@ void fold_statistics(const Tile& tile, const Transform& transform, const Statist
 }
 
 void fold_gradient(const Tile& tile, const Transform& transform, const GradientRows& gradient, int threads) {
-    const RowKernels& kernels = kernels_of(current_isa());
+    const RowKernels& kernels = current_kernels();
     const int type = static_cast<int>(tile.dtype);
     const int64_t out_bytes = gradient.row_stride * element_size(tile.dtype);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, ROWS_AT_A_TIME)
@@ -90,7 +91,7 @@ void fold_gradient(const Tile& tile, const Transform& transform, const GradientR
     }
 }
 
-void vector_exp(const float* x, float* y, int64_t size) { kernels_of(current_isa()).exp(x, y, size); }
-void vector_tanh(const float* x, float* y, int64_t size) { kernels_of(current_isa()).tanh(x, y, size); }
+void vector_exp(const float* x, float* y, int64_t size) { current_kernels().exp(x, y, size); }
+void vector_tanh(const float* x, float* y, int64_t size) { current_kernels().tanh(x, y, size); }
 
 }  // namespace mopo

@@ -2,7 +2,9 @@
 // with its own flags, so everything here has internal linkage: the linker must never share code between sets.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "fold.h"
@@ -165,6 +167,95 @@ void gradient_row(const void* row, int64_t columns, const void* bias, const Tran
     if (has_target) V::store(y + target, at_target, 1);
 }
 
+constexpr int PIECE = 4;  // vectors whose entries are looked for together: most pieces have none
+
+// One running sum decides for all entries that are smaller than the floor: q is the floor where the sum passes a whole
+// number, else 0.
+template <class V, class T>
+void sample_row(const void* row, int64_t columns, const void* bias, const Transform& t, const RowSampling& of_row) {
+    using scalar = typename V::scalar;
+    constexpr int SIZE = PIECE * V::width;
+    static_assert(CHUNK % SIZE == 0, "pieces fill a chunk");
+    const auto* x = static_cast<const T*>(row);
+    const LogitTransform<V> transform(bias, t);
+    const Shift<V> shift(of_row.lse);
+    const scalar floor = static_cast<scalar>(of_row.floor);
+    const auto floors = V::set(floor), inverse = V::set(scalar(1) / floor), zero = V::set(0);
+    double running = *of_row.running, next = std::floor(running) + 1;
+    int64_t count = *of_row.count;
+    alignas(64) scalar z[CHUNK], p[SIZE];
+    alignas(64) double steps[SIZE];  // t on the grid, 0 where p >= floor
+
+    const auto append = [&](int64_t column, scalar q) {
+        if (count == of_row.capacity) return;
+        const auto one = [](auto) { return V::set(1); };
+        const auto scaled = transform.scaled(V::load(x + column, 1, 0), column, 1);
+        alignas(64) scalar slope[V::width];
+        V::store(slope, gradient(scaled, transform, V::set(static_cast<scalar>(t.inner * t.outer)), shift, one));
+        of_row.columns[count] = static_cast<int32_t>(of_row.first_column + column);
+        static_cast<scalar*>(of_row.values)[count++] = slope[0] * q;
+    };
+    for (int64_t first = 0; first < columns; first += CHUNK) {
+        const int chunk = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
+        transform_chunk<V>(x, first, chunk, transform, z);
+        for (int begin = 0; begin < chunk; begin += SIZE) {
+            const int size = chunk - begin < SIZE ? chunk - begin : SIZE;
+            auto largest = zero;
+            auto sum = V::on_grid(zero);
+            for (int i = 0; i < size; i += V::width) {
+                const auto probability = V::exp(V::sub(V::sub(V::load(z + begin + i), shift.high), shift.low));
+                const auto step =
+                    V::on_grid(V::select_less(probability, floors, V::mul(probability, inverse), zero));
+                V::store(p + i, probability);
+                V::store(steps + i, step);
+                sum = V::add(sum, step);
+                largest = V::max(largest, probability);
+            }
+            const double after = running + V::sum(sum);
+            const int64_t target = of_row.target - first - begin;
+            const bool has_target = target >= 0 && target < size;
+            if (after < next && V::max(largest) < floor && !has_target) {
+                running = after;
+                continue;
+            }
+            for (int i = 0; i < size; ++i) {
+                running += steps[i];
+                const bool is_step = running >= next;
+                if (is_step) next += 1;
+                if (is_step || p[i] >= floor || i == target)
+                    append(first + begin + i, p[i] >= floor ? p[i] : is_step ? floor : scalar(0));
+            }
+        }
+    }
+    *of_row.running = running;
+    *of_row.count = static_cast<int32_t>(count);
+}
+
+template <class V, class T>
+void sum_of_rows(const RowSum& sum) {
+    using scalar = typename V::scalar;
+    const Matrix& matrix = *sum.matrix;
+    const int64_t columns = matrix.columns, whole = columns / V::width * V::width;
+    const int rest = static_cast<int>(columns - whole);
+    T* out = static_cast<T*>(sum.out);
+    if (sum.count == 0) {  // as most columns of a large vocabulary
+        std::memset(out, 0, columns * sizeof(T));
+        return;
+    }
+    auto* total = static_cast<scalar*>(sum.total);
+    std::memset(total, 0, columns * sizeof(scalar));
+    for (int64_t j = 0; j < sum.count; ++j) {
+        const T* row = static_cast<const T*>(matrix.data) + sum.rows[j] * matrix.row_stride;
+        const auto value = V::set(static_cast<const scalar*>(sum.values)[j]);
+        for (int64_t i = 0; i < whole; i += V::width)
+            V::store(total + i, V::fma(value, V::load(row + i), V::load(total + i)));
+        if (rest)
+            V::store(total + whole, V::fma(value, V::load(row + whole, rest, 0), V::load(total + whole, rest, 0)), rest);
+    }
+    for (int64_t i = 0; i < whole; i += V::width) V::store(out + i, V::load(total + i));
+    if (rest) V::store(out + whole, V::load(total + whole, rest, 0), rest);
+}
+
 template <class V, typename V::reg (*f)(typename V::reg)>
 void map_row(const float* x, float* y, int64_t size) {
     int64_t i = 0;
@@ -184,6 +275,8 @@ constexpr RowKernels row_kernels() {
          {statistics_row<V, float, true>, statistics_row<V, bfloat16, true>, statistics_row<V, float16, true>,
           statistics_row<D, double, true>}},
         {gradient_row<V, float>, gradient_row<V, bfloat16>, gradient_row<V, float16>, gradient_row<D, double>},
+        {sample_row<V, float>, sample_row<V, bfloat16>, sample_row<V, float16>, sample_row<D, double>},
+        {sum_of_rows<V, float>, sum_of_rows<V, bfloat16>, sum_of_rows<V, float16>, sum_of_rows<D, double>},
         {value_of<V, float>, value_of<V, bfloat16>, value_of<V, float16>, value_of<D, double>},
         map_row<V, V::exp>,
         map_row<V, V::tanh>,

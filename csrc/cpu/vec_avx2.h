@@ -57,6 +57,26 @@ struct Avx2Float {
         std::memcpy(x, whole, sizeof(T) * count);
     }
 
+    // As doubles, rounded to the grid of fold_sample.
+    struct wide {
+        __m256d low, high;
+    };
+    static wide on_grid(reg t) {
+        const __m256d grid = _mm256_set1_pd(GRID);
+        const auto rounded = [&](__m128 x) { return _mm256_sub_pd(_mm256_add_pd(_mm256_cvtps_pd(x), grid), grid); };
+        return {rounded(_mm256_castps256_ps128(t)), rounded(_mm256_extractf128_ps(t, 1))};
+    }
+    static wide add(wide a, wide b) { return {_mm256_add_pd(a.low, b.low), _mm256_add_pd(a.high, b.high)}; }
+    static void store(double* x, wide a) {
+        _mm256_storeu_pd(x, a.low);
+        _mm256_storeu_pd(x + 4, a.high);
+    }
+    static double sum(wide a) {
+        const __m256d four = _mm256_add_pd(a.low, a.high);
+        const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+        return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+    }
+
     static reg set(float a) { return _mm256_set1_ps(a); }
     static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
     static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }

@@ -55,6 +55,22 @@ struct Avx512Float {
         _mm256_mask_storeu_epi16(x, mask(count), narrow(a, x));
     }
 
+    // As doubles, rounded to the grid of fold_sample.
+    struct wide {
+        __m512d low, high;
+    };
+    static wide on_grid(reg t) {
+        const __m512d grid = _mm512_set1_pd(GRID);
+        const auto rounded = [&](__m256 x) { return _mm512_sub_pd(_mm512_add_pd(_mm512_cvtps_pd(x), grid), grid); };
+        return {rounded(_mm512_castps512_ps256(t)), rounded(_mm512_extractf32x8_ps(t, 1))};
+    }
+    static wide add(wide a, wide b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+    static void store(double* x, wide a) {
+        _mm512_storeu_pd(x, a.low);
+        _mm512_storeu_pd(x + 8, a.high);
+    }
+    static double sum(wide a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.low, a.high)); }
+
     static reg set(float a) { return _mm512_set1_ps(a); }
     static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
     static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }

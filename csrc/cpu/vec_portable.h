@@ -98,6 +98,26 @@ struct PortableFloat {
         for (int i = 0; i < count; ++i) from_float(a.v[i], x[i]);
     }
 
+    // As doubles, rounded to the grid of fold_sample.
+    struct wide {
+        double v[width];
+    };
+    static wide on_grid(reg t) {
+        wide y;
+        for (int i = 0; i < width; ++i) y.v[i] = (t.v[i] + GRID) - GRID;
+        return y;
+    }
+    static wide add(wide a, wide b) {
+        for (int i = 0; i < width; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+    static void store(double* x, wide a) { std::memcpy(x, a.v, sizeof a.v); }
+    static double sum(wide a) {
+        double y = 0;
+        for (double x : a.v) y += x;
+        return y;
+    }
+
     static reg set(float a) {
         return map([&](int) { return a; });
     }
@@ -174,6 +194,7 @@ struct PortableDouble {
     static reg load(const double* x, int, double) { return *x; }
     static void store(double* x, reg a) { *x = a; }
     static void store(double* x, reg a, int) { *x = a; }
+    static reg on_grid(reg t) { return (t + GRID) - GRID; }
     static reg set(double a) { return a; }
     static reg add(reg a, reg b) { return a + b; }
     static reg sub(reg a, reg b) { return a - b; }

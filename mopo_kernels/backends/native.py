@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels.backends.batch import Labels, LabelValues
-from mopo_kernels.backends.fold import Statistics, Tile
+from mopo_kernels.backends.fold import Samples, Statistics, Tile
 
 try:
     from mopo_kernels import _cpu
@@ -72,6 +72,19 @@ class Native:
         with self._queue(lse) as queue:
             self.module.gradient(native, transform, per_row, out.data_ptr(), out.stride(0), queue)
 
+    def fold_sample(self, tile: Tile, lse: Tensor, running: Tensor, floor: float, samples: Samples) -> None:
+        native, transform = self._tile(tile)
+        with self._queue(lse) as queue:
+            self.module.sample(native, transform, self._samples(samples), _addresses(lse, running), floor, queue)
+
+    def sample_hidden(self, samples: Samples, weight: Tensor, out: Tensor) -> None:
+        with self._queue(weight) as queue:
+            self.module.sample_hidden(self._samples(samples), self._matrix(weight), self._matrix(out), queue)
+
+    def sample_weight(self, samples: Samples, hidden: Tensor, out: Tensor) -> None:
+        with self._queue(hidden) as queue:
+            self.module.sample_weight(self._samples(samples), self._matrix(hidden), self._matrix(out), queue)
+
     def sequence_sums(self, logp: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         sums, counts = logp.new_empty(len(logp), dtype=torch.float64), target.new_empty(len(logp))
         sequences = self.module.Sequences(
@@ -114,6 +127,13 @@ class Native:
             target=tile.target.data_ptr(),
         )
         return native, self.module.Transform(transform.inner, transform.outer, transform.softcap)
+
+    def _samples(self, samples: Samples) -> Any:
+        columns, values, counts = samples
+        return self.module.Samples(columns.data_ptr(), _typed(values), counts.data_ptr(), tuple(columns.shape))
+
+    def _matrix(self, x: Tensor) -> Any:
+        return self.module.Matrix(_typed(x), tuple(x.shape), x.stride(0))
 
 
 @contextmanager

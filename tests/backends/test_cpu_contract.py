@@ -1,11 +1,12 @@
 """The shared checks of fold_contract.py on the CPU backend, each instruction set; 16 bits narrowed and widened."""
 
+import itertools
 import math
 
 import fold_contract
 import pytest
 import torch
-from fold_truth import DTYPES
+from fold_truth import DTYPES, TRANSFORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold import ISAS, isa
@@ -28,6 +29,30 @@ def test_ragged_tiles_at_any_alignment_in_place_and_beside(name, **case):
         fold_contract.check_tiles(cpu, "cpu", **case)
     finally:
         cpu.module.choose_isa(before)
+
+
+@settings(max_examples=120, deadline=None)
+@given(name=st.sampled_from(ISAS), **fold_contract.sampled_strategies(rows=4, widths=[1, 7, 32, 64, 100, 1025]))
+def test_samples_of_ragged_tiles(name, **case):
+    if not cpu.module.isa_supported(name):
+        return
+    before = cpu.module.isa()
+    cpu.module.choose_isa(name)
+    try:
+        fold_contract.check_samples(cpu, "cpu", **case)
+    finally:
+        cpu.module.choose_isa(before)
+
+
+def test_sampling_is_unbiased(isa):
+    for dtype, transform in itertools.product(DTYPES, TRANSFORMS):
+        fold_contract.check_sampling_is_unbiased(cpu, "cpu", dtype, transform)
+
+
+def test_extreme_samples_and_products(isa):
+    fold_contract.check_extreme_samples(cpu, "cpu")
+    for dtype in DTYPES:
+        fold_contract.check_sample_products(cpu, "cpu", dtype)
 
 
 def test_special_logits_and_rows(isa):

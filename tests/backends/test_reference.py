@@ -7,18 +7,17 @@ from hypothesis import given, settings
 
 from mopo_kernels.backends import reference
 
-CASES = fold_contract.tile_strategies(rows=4, widths=[1, 7, 16, 100, 300])
-SAMPLED = {name: case for name, case in CASES.items() if name not in ("out_offset", "extra")}
+WIDTHS = [1, 7, 16, 100, 300]
 
 
 @settings(max_examples=40, deadline=None)
-@given(**CASES)
+@given(**fold_contract.tile_strategies(rows=4, widths=WIDTHS))
 def test_ragged_tiles(**case):
     fold_contract.check_tiles(reference, "cpu", **case)
 
 
 @settings(max_examples=60, deadline=None)
-@given(**SAMPLED)
+@given(**fold_contract.sampled_strategies(rows=4, widths=WIDTHS))
 def test_samples_of_ragged_tiles(**case):
     fold_contract.check_samples(reference, "cpu", **case)
 
