@@ -50,6 +50,14 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps must be a number >= 0 (0 switches the robust bound off); got {eps}")
 
 
+def check_grad_sampling(grad_sampling: float | None) -> None:
+    if grad_sampling is not None and not 0 < grad_sampling < 1:
+        raise ValueError(
+            f"grad_sampling must lie between 0 and 1 (1/64 is a good start), or be None for exact gradients; "
+            f"got {grad_sampling}"
+        )
+
+
 # -------------------------------------------------------------------------------------------------------------- labels
 
 

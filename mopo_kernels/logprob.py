@@ -30,6 +30,7 @@ from mopo_kernels.head.engines import choose_backend
 from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.policy import run_total_logprob
 from mopo_kernels.head.ranks import RowsOf, Split, agree, run_own_rows, take_part
+from mopo_kernels.head.sampled import run_sampled_logprob
 from mopo_kernels.head.tokens import run_logits_logprob
 from mopo_kernels.objective import ops
 
@@ -48,6 +49,7 @@ def linear_logprob(
     return_lse: bool = False,
     return_entropy: bool = False,
     return_hit: bool = False,
+    grad_sampling: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -78,6 +80,16 @@ def linear_logprob(
         return_entropy: return the softmax's entropy [*] in nats too, without gradient.
         return_hit: return too whether no token has a larger z than the target, bool [*]: ties are hits, and the mean
             over the rows that count is the accuracy of the arg-max.
+        grad_sampling: ε in (0, 1), or None for exact gradients. Log-probabilities, lse, entropy and hit stay exact; in
+            the gradient p is replaced by q, a rounding of it at random without bias: entries p_v ≥ ε stay, the others
+            become 0 or ε by systematic sampling with one number u of a row, uniform in [0, 1) and drawn from torch's
+            default generator of the device. With C_v = u + Σ p/ε over the small entries up to v,
+
+                q_v = ε (⌊C_v⌋ − ⌊C_{v−1}⌋),   E[q] = p;   ∂logp/∂logit = (onehot(target) − q) · dz/dlogit
+
+            A row has at most 1/ε + 2 entries, so the products of the backward become gathers and scatters: 2·N·H·V
+            flops in all, whatever the reduction, the upstream gradient and what else is returned, beside N · (1/ε + 3)
+            · 8 bytes that wait for the backward. What it adds to the noise of a batch is in docs/sampling.md.
         workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
             float32); None is 64 MiB on CPUs, a 64th of its memory but at least 512 MiB on a GPU. More makes blocks of
             more rows, faster to multiply.
@@ -109,6 +121,7 @@ def linear_logprob(
         workspace_bytes=workspace_bytes,
         average=reduction == "mean",
         outputs=Outputs(return_lse, return_entropy, return_hit),
+        grad_sampling=grad_sampling,
     )
     inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend, Split(vocab_group, rows))
     check_target(inputs.target, call.columns(inputs.weight), ignore_index)
@@ -185,6 +198,7 @@ def sequence_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    grad_sampling: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -211,6 +225,7 @@ def sequence_logprob(
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,
         average=average,
+        grad_sampling=grad_sampling,
     )
     inputs, call = enter(HeadInputs(hidden, weight, bias, token_ids(target)), call, backend, Split(vocab_group, rows))
     check_target(inputs.target, call.columns(inputs.weight), ignore_index)
@@ -225,7 +240,7 @@ def enter(inputs: HeadInputs, call: HeadCall, backend: str | None, split: Split)
     check_head(inputs.hidden, inputs.weight, inputs.target, inputs.bias, is_split=part is not None)
     inputs = inputs.autocast()
     name = choose_backend(inputs, call, backend, is_split=part is not None)
-    refuse_transforms("linear_logprob", name, *inputs)
+    refuse_transforms("linear_logprob", name, *inputs, sampled=call.grad_sampling is not None)
     call = call.on(name, inputs.needs)
     return inputs, call if part is None else agree(inputs, call, split, part)
 
@@ -247,6 +262,8 @@ def _rows(inputs: HeadInputs, call: HeadCall) -> RowValues:  # [*] each
     flat, options = inputs.flattened(), (call.transform, call.ignore_index, call.workspace_bytes)
     if call.shard is not None and call.shard.own_rows:
         rows = run_own_rows(flat, call)
+    elif call.grad_sampling is not None and any(call.needs):
+        rows = run_sampled_logprob(flat, call)
     elif call.backend == "reference":
         rows = reference.head_rows(*flat, *options, entropy=call.outputs.entropy, hit=call.outputs.hit)
         check_result(rows.logp, hidden=flat.hidden, weight=flat.weight, bias=flat.bias)

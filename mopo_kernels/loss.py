@@ -137,6 +137,7 @@ def mopo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    grad_sampling: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     vocab_group: dist.ProcessGroup | None = None,
@@ -171,12 +172,13 @@ def mopo_loss(
         index: where `hidden` and `target` hold only some sequences of the batch, their positions in `win_rate`, [S];
             the others count as left out (`clone` only). Skip them before the model runs, and the backbone is saved too.
         average: per-token mean instead of the sum in log π(y|x).
+        grad_sampling: ε of sampled gradients, as in `linear_logprob`; the loss and every coefficient stay exact.
         bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes, backend, vocab_group, rows: as in
             `linear_logprob`.
 
     Returns:
         MOPOOutput; `loss` is differentiable in hidden, weight and bias, nothing else is. An engine forms the gradients
-        in the forward already, scaled in the backward.
+        in the forward already, scaled in the backward; sampled ones are formed in the backward.
 
     Raises:
         ValueError: as `linear_logprob` and `mopo_objective`; an `index` that does not fit. All but NaN hidden states,
@@ -195,6 +197,7 @@ def mopo_loss(
         ignore_index=ignore_index,
         workspace_bytes=workspace_bytes,
         average=average,
+        grad_sampling=grad_sampling,
     )
     labels = Labels(win_rate, group, multipliers, lag_log_ratio, tau, eps, primary)
     check_label_shapes(labels)
@@ -224,7 +227,7 @@ def policy_loss(
 
     For trainers: the statistics say which responses count before the model runs, and feed the multipliers too. They
     must be on the device of `hidden`. Arguments, errors and result are `mopo_loss`'s; `options` are those of the head
-    (average, bias, temperature, softcap, logit_scale, ignore_index, workspace_bytes).
+    (average, bias, temperature, softcap, logit_scale, ignore_index, grad_sampling, workspace_bytes).
     """
     check_devices("hidden", hidden, labels=labels.slot)
     step = StepCall(policy_step, ref_logp, min_weight, index)

@@ -58,6 +58,12 @@ class Transform(NamedTuple):
             return cls(logit_scale / temperature, 1.0, False)
         return cls(logit_scale / softcap, softcap / temperature, True)
 
+    def slope(self, z: Tensor) -> Tensor:
+        """dz/dlogit."""
+        if not self.softcap:
+            return torch.full_like(z, self.inner)
+        return self.inner * self.outer * torch.where(z.isinf(), 0, 1 - (z / self.outer) ** 2)
+
 
 class Tile(NamedTuple):
     """A block of rows × columns of logits, and what folding them takes."""

@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 _functorch = torch._C._functorch
 
 
-def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
-    """Raise where a transform is active that `op` cannot run under on `backend`."""
+def refuse_transforms(op: str, backend: str, *tensors: Tensor | None, sampled: bool = False) -> None:
+    """Raise where a transform is active that `op` cannot run under on `backend`, or with sampled gradients."""
     is_traced = torch.compiler.is_compiling()  # dynamo knows how many transforms there are, not which
     interpreters = [] if is_traced else _functorch.get_interpreter_stack() or []
     if interpreters and any(is_batched(x) for x in tensors if x is not None):
@@ -20,10 +20,11 @@ def refuse_transforms(op: str, backend: str, *tensors: Tensor | None) -> None:
     kinds = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
     is_differentiating = forward_ad._current_level >= 0 or any(x.key() in kinds for x in interpreters)
     is_differentiating |= is_traced and _functorch.get_dynamic_layer_stack_depth() > 0
-    if is_differentiating and backend != "reference":
+    if is_differentiating and (sampled or backend != "reference"):
+        cause, mend = ("with grad_sampling", "None of it and ") if sampled else (f"of backend={backend!r}", "")
         raise RuntimeError(
-            f"{op} of backend={backend!r} has gradients for Tensor.backward and torch.autograd.grad alone; "
-            "give it backend='reference' under torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian"
+            f"{op} {cause} has gradients for Tensor.backward and torch.autograd.grad alone; "
+            f"give it {mend}backend='reference' under torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian"
         )
 
 

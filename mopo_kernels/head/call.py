@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mopo_kernels import backends
 from mopo_kernels.backends.fold import Transform
-from mopo_kernels.checks import check_positive
+from mopo_kernels.checks import check_grad_sampling, check_positive
 from mopo_kernels.head.shard import Shard
 
 Needs = tuple[bool, bool, bool]  # whether the gradients of hidden, weight and bias are asked for
@@ -84,6 +84,7 @@ class _Flat(NamedTuple):
     lse: float
     entropy: float
     hit: float
+    grad_sampling: float
     backend: float  # its place in the table
     group: float  # what a Shard holds, or −1
     first: float
@@ -104,6 +105,7 @@ class HeadCall:
     average: bool = False  # over the rows of a sequence that count
     outputs: Outputs = NOTHING_ELSE
     shard: Shard | None = None  # of the vocabulary, where weight holds but a part of it
+    grad_sampling: float | None = None  # the floor of sampled gradients; None: exact ones
 
     @classmethod
     def of(
@@ -116,17 +118,27 @@ class HeadCall:
         workspace_bytes: int | None = None,
         average: bool = False,
         outputs: Outputs = NOTHING_ELSE,
+        grad_sampling: float | None = None,
     ) -> HeadCall:
         """The options as a caller gives them.
 
         Raises:
-            ValueError: a scale that is not positive and finite, a workspace without a byte.
+            ValueError: a scale that is not positive and finite, a workspace without a byte, a grad_sampling outside
+                (0, 1).
         """
         check_positive(temperature=temperature, logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
         if workspace_bytes is not None and workspace_bytes <= 0:
             raise ValueError(f"workspace_bytes={workspace_bytes} must be positive, or None for the backend's choice")
+        check_grad_sampling(grad_sampling)
         transform = Transform.of(temperature, softcap, logit_scale)
-        return cls(transform, ignore_index, workspace_bytes=workspace_bytes, average=average, outputs=outputs)
+        return cls(
+            transform,
+            ignore_index,
+            workspace_bytes=workspace_bytes,
+            average=average,
+            outputs=outputs,
+            grad_sampling=grad_sampling,
+        )
 
     def on(self, backend: str, needs: Needs = (False, False, False)) -> HeadCall:
         """The same call, which this backend runs."""
@@ -136,7 +148,7 @@ class HeadCall:
     def fuses(self) -> bool:
         """Whether an engine can form a loss's gradients in the pass that forms its logits."""
         has_all_rows = self.shard is None or not self.shard.own_rows
-        return self.backend != "reference" and any(self.needs) and has_all_rows
+        return self.backend != "reference" and any(self.needs) and has_all_rows and self.grad_sampling is None
 
     def columns(self, weight: Tensor) -> int:
         """Of the whole vocabulary."""
@@ -154,6 +166,7 @@ class HeadCall:
             needs_weight=self.needs[1],
             needs_bias=self.needs[2],
             **self.outputs._asdict(),
+            grad_sampling=self.grad_sampling or 0,
             backend=names.index(self.backend),
             group=shard.group,
             first=shard.first,
@@ -180,6 +193,7 @@ def _unflat(numbers: tuple[float, ...]) -> HeadCall:
         average=bool(flat.average),
         outputs=Outputs(bool(flat.lse), bool(flat.entropy), bool(flat.hit)),
         shard=_shard(flat),
+        grad_sampling=flat.grad_sampling or None,
     )
 
 

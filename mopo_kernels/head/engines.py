@@ -45,9 +45,19 @@ def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None, *, is_
     With lse or entropies the cut kernels would spill registers, and they do not know of columns elsewhere: such calls
     go to Triton's tile engine. Rates are not
     asked under torch.compile: a choice by sizes would compile anew for each of them.
+
+    Raises:
+        ValueError: sampled gradients of the cut kernels, which have no logits to draw from.
     """
     weight = inputs.weight
     choice = backends.choose("linear_logprob", weight.device.type, asked, weight.dtype)
+    if call.grad_sampling is not None and choice.backend == "cut":
+        raise ValueError(
+            f"grad_sampling={call.grad_sampling} needs logits to draw from, and backend='cut' has none in memory; "
+            "leave the backend out, or choose a tile engine ('triton', 'cuda', 'cpu')"
+        )
+    if call.grad_sampling is not None:
+        return choice.backend
     if is_split or call.outputs.lse or call.outputs.entropy:
         return "triton" if choice.backend == "cut" else choice.backend
     if choice.requested or choice.backend == "reference" or cut.UNAVAILABLE or torch.compiler.is_compiling():

@@ -172,13 +172,11 @@ def fake_gradients(inputs: HeadInputs, call: list[float]) -> Present:
     return present((hidden, weight, bias), inputs.weight)
 
 
-def refuse_double_backward(operator: torch.library.CustomOpDef) -> None:
+def refuse_double_backward(operator: torch.library.CustomOpDef, mend: str = "use backend='reference'") -> None:
     """Make a second differentiation an error that says what to do."""
 
     def refuse(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "the fused log-probabilities are differentiable once; for gradients of gradients use backend='reference'"
-        )
+        raise RuntimeError(f"the fused log-probabilities are differentiable once; for gradients of gradients {mend}")
 
     operator.register_autograd(refuse)
 

@@ -6,7 +6,7 @@
                   works on all of them with its part of the vocabulary, and gets back what is its own. The gradients of
                   weight and bias are means over the processes, as DDP and FSDP form them.
 
-Before any work the processes compare what they were called with: 232 bytes each, 16 more for each tensor of labels.
+Before any work the processes compare what they were called with: 240 bytes each, 16 more for each tensor of labels.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def agree(inputs: HeadInputs, call: HeadCall, split: Split, part: _Part) -> Head
     call = replace(call, workspace_bytes=int(columns[:, 1].min()))
     if not part.is_split or world == 1:
         return call
+    if call.grad_sampling is not None:
+        raise ValueError("grad_sampling has no split LM heads: leave it out, or gather the weight")
     shard = Shard(number_of(part.group), sum(sizes[:rank]), vocab, max(sizes), split.rows == "own")
     return replace(call, shard=shard)
 

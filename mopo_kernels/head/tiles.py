@@ -5,6 +5,7 @@
     grad_hidden += tile · weight         vendor GEMM                       2·N·H·V
     grad_weight += tileᵀ · hidden        vendor GEMM                       2·N·H·V
 
+or, where gradients are sampled, the entries of a tile in the place of its gradient, and no product (sampled.py).
 Only rows that count are ever gathered; blocks come from the planner (plan.py). Gradients are summed in float32 (float64
 for float64). Nothing here knows autograd: the operators that torch sees are in ops.py and policy.py.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mopo_kernels import backends
-from mopo_kernels.backends.fold import Statistics, Tile
+from mopo_kernels.backends.fold import Samples, Statistics, Tile
 from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.head.call import Gradients, HeadCall, HeadInputs
 from mopo_kernels.head.plan import Plan, accumulate_dtype
@@ -96,6 +97,18 @@ class TileEngine:
             put(self.grad_hidden, rows, grad_hidden)
         self.holds = rows if self.out is not None else None
         self.is_first = False
+
+    def sample(self, rows: Rows, lse: Tensor, running: Tensor, samples: Samples) -> None:
+        """Draw a block's entries, of logits that are there or formed again; `running`: the random numbers, in place."""
+        assert self.call.grad_sampling is not None
+        has_logits = self.plan.resident and self.holds is rows
+        hidden = None if has_logits else take(self.inputs.hidden, rows, self.plan.compute)
+        target = self.inputs.target[rows]
+        for columns in self._column_blocks():
+            tile = self._tile(target, columns)
+            if hidden is not None:
+                self._form(hidden, columns, tile.logits)
+            self.fold.fold_sample(tile, lse, running, self.call.grad_sampling, samples)
 
     def finish(self) -> Gradients:
         del self.tile  # so that its memory is free for what follows

@@ -290,12 +290,10 @@ def check_samples(fold, device, *, rows, widths, offset, padding, dtype, transfo
     assert (has_entry | ~must)[counts].all()
     assert (may | ~has_entry)[counts].all()
     assert not has_entry[:, is_masked.cpu() & ~at_target.any(0)].any()
-    q = torch.where(slope != 0, values / slope, 0)
-    expected = torch.where(is_exact, p, floor) * has_entry
-    steady = has_entry & (slope.abs() > slope.abs().amax() * 1e-3) & ~(at_target & ~must)
-    assert ((q - expected).abs() <= expected * (rounding * 8 + (ULP[work] * 1e4 if transform.softcap else 0)))[
-        steady & counts[:, None]
-    ].all()
+    q = torch.where(is_exact, p, floor) * has_entry
+    bound = q * slope * rounding * 8 + q * transform.softcap * transform.inner * transform.outer * ULP[work] * 16
+    is_empty = at_target & ~must & (values == 0)
+    assert (((values - q * slope).abs() <= bound) | is_empty)[counts].all()
     total = torch.where(is_exact, 0, p / floor).sum(1) + is_exact.sum(1)
     ended = running.cpu() - uniform + is_exact.sum(1)
     assert ((ended - total - (ended - total).round()).abs() <= slack[:, -1])[counts].all()

@@ -200,6 +200,7 @@ def errors(rank):
         "target": error_of(lambda: linear_logprob(hidden[rank:], shard, far[rank:], rows="own", **split)),
         "nan": error_of(lambda: linear_logprob(hidden, nan, target, **split)),
         "reference": error_of(lambda: linear_logprob(hidden, shard, target, backend="reference", **split)),
+        "sampling": error_of(lambda: linear_logprob(hidden, shard, target, grad_sampling=0.1, **split)),
         "layout": error_of(lambda: linear_logprob(hidden, distribute_tensor(weight, mesh, [Shard(1)]), target)),
         "mesh": error_of(
             lambda: linear_logprob(

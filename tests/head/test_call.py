@@ -21,6 +21,7 @@ def test_every_option_survives_the_numbers(needs):
         for backend, workspace, average in itertools.product(backends.BACKENDS, (None, 12_345), (False, True))
     ]
     calls.append(HeadCall(Transform(2.5, 1.0, False), 2**40))
+    calls.append(HeadCall(Transform(2.5, 1.0, False), 0, grad_sampling=2.0**-6))
     calls += [HeadCall(Transform(2.5, 1.0, False), 0, outputs=Outputs(*outputs)) for outputs in NEEDS]
     calls += [HeadCall(Transform(2.5, 1.0, False), 0, shard=Shard(3, 7, 11, 5, own)) for own in (False, True)]
     for call in calls:
@@ -31,9 +32,15 @@ def test_every_option_survives_the_numbers(needs):
 
 def test_options_as_a_caller_gives_them():
     call = HeadCall.of(
-        temperature=0.5, softcap=4.0, logit_scale=2.0, ignore_index=-1, workspace_bytes=100, average=True
+        temperature=0.5,
+        softcap=4.0,
+        logit_scale=2.0,
+        ignore_index=-1,
+        workspace_bytes=100,
+        average=True,
+        grad_sampling=0.25,
     )
-    assert call == HeadCall(Transform(0.5, 8.0, True), -1, workspace_bytes=100, average=True)
+    assert call == HeadCall(Transform(0.5, 8.0, True), -1, workspace_bytes=100, average=True, grad_sampling=0.25)
     assert HeadCall.of(temperature=0.5, ignore_index=3).transform == Transform(2.0, 1.0, False)
     run = call.on("cpu", (True, False, True))
     assert run == dataclasses.replace(call, backend="cpu", needs=(True, False, True))

@@ -52,7 +52,7 @@ def test_bytes_that_a_rank_sends(ranks):
     """Statistics of 24 bytes a row, 32 with entropies; H numbers a row in the backward; never logits."""
     *_, target, _ = numbers()
     counted = int((target != -100).sum())
-    agreement = 8 * 29
+    agreement = 8 * 30
     for rank in ranks:
         assert rank["bytes"]["same"] == ([agreement, 24 * counted], [4 * H * counted])
         assert rank["bytes"]["entropy"] == ([agreement, 32 * counted], [4 * H * counted])
@@ -73,6 +73,7 @@ def test_bytes_that_a_rank_sends(ranks):
         ("gradients", "different options, dtypes or gradients"),
         ("target", "target holds 301, outside [0, 301)"),
         ("reference", "backend='reference' has no split LM heads"),
+        ("sampling", "grad_sampling has no split LM heads"),
         ("layout", "an LM head takes Shard(0) or Replicate()"),
         ("mesh", "on one dimension, beside replicas with rows='own'"),
         ("both", "a DTensor knows its own group"),
