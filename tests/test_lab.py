@@ -1,8 +1,9 @@
 """The laboratory of bench/studies/lab: its scorers, its statistics, and the whole way at a tiny size."""
 
+import itertools
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_modpo_without_secondaries_is_dpo():
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path_factory.getbasetemp() / "lab")
+    monkeypatch.setattr(data, "MODELS", tmp_path_factory.getbasetemp() / "lab")
     monkeypatch.setattr(contestants, "PRETRAINING_STEPS", 2)
 
 
@@ -177,6 +178,25 @@ def test_a_measured_threshold_moves_by_what_is_missing(monkeypatch):
     method = Method("contrast", 1e-3, aim=0.6, measured=True)
     contestants.train(data.writer("base", 2)[0], data.labelled(Condition(groups=64), 0, 2), method, 8000, seed=0)
     assert asked == [0.6, 0.7, 0.8, 0.9]
+
+
+def test_asked_again_is_on_the_line_between_two_trials():
+    """Brevity 0.62 lies three fifths of the way from 0.5 to 0.7; where no trial reaches it, the nearest is asked."""
+    screened = [Run("screen", "contrast", Method("contrast", 1e-3), condition) for condition in study.OF_SIZE.values()]
+    level = {key: [32] for key in language.OBJECTIVES}
+    rows = [asdict(run) | {"half_wins_base": level, "kl": 0.0} for run in screened]
+    rows += [row | {"contestant": name} for name in ("clone", "regress") for row in rows]
+    for name, highest in (("clone", 0.55), ("contrast", 0.7), ("regress", 0.7)):
+        for size, condition in study.OF_SIZE.items():
+            for aim, brevity in zip(study.ASKED_OF[size][::3], (0.5, highest), strict=True):
+                tried = Run("asks", name, Method(name, 1e-3, aim=aim), condition)
+                rows.append(asdict(tried) | {"tuning_brevity": brevity})
+    runs = list(itertools.islice(study.again(rows), 9))  # of seed 0
+    for run in runs:
+        low, high = study.ASKED_OF[run.condition.size][::3]
+        expected = high if run.method.step == "clone" else 0.4 * low + 0.6 * high
+        assert run.method.aim == pytest.approx(expected, abs=1e-4)
+    assert {run.condition.size for run in runs} == {2, 4, 8}
 
 
 def test_the_whole_way_at_a_tiny_size(tmp_path):

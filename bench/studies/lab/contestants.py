@@ -15,13 +15,13 @@ from torch.nn.functional import logsigmoid
 from bench.studies.lab.data import PRETRAINING_STEPS, Labelled, fresh_win_rate
 from bench.studies.lab.language import OBJECTIVES, scores
 from bench.studies.lab.measure import opponents, wins
-from bench.studies.lab.model import TinyLM, sample
+from bench.studies.lab.model import TinyLM, log_probs, sample
 from mopo_kernels import MOPODual, label_statistics, mopo_objective, policy_loss, sequence_logprob
 
 PRIMARY = OBJECTIVES[0]
 BREVITY = 0.6  # what the policy shall hold
 RELEVANCE = 0.5  # its threshold in every run
-RELEVANCE_PRICE = 0.14  # weight of relevance where weights are set by hand: its multiplier on the population
+RELEVANCE_PRICE = 0.14  # weight of relevance where weights are set by hand: near its multiplier on the population
 LAG_CLIP = 10.0  # as in MOPOConfig
 SEQUENCES = 64  # per optimizer step
 WARM_UP = 0.1
@@ -60,6 +60,8 @@ def train(base: TinyLM, data: Labelled, method: Method, budget: int, seed: int) 
         return _soup(base, data, method, budget, seed)
     torch.manual_seed(seed)
     size = int((data.group == 0).sum())
+    if method.step != "clone":
+        log_probs(base, data.ids, data.target)  # the reference pass, for its seconds; the values are in the labels
     if method.shrink:
         data = data._replace(win_rate=fresh_win_rate(data.win_rate, size))
     model, dual = deepcopy(base).train(), dual_of(method, data)
@@ -102,9 +104,9 @@ def dual_of(method: Method, data: Labelled) -> MOPODual:
 
 
 @torch.no_grad()
-def brevity_of(model: TinyLM, seed: int) -> float:
-    """Win rate in brevity against the base, on sixty tuning prompts."""
-    asked, theirs = opponents("base", "tune", 60, PRETRAINING_STEPS)
+def brevity_of(model: TinyLM, seed: int, prompts: int = 60) -> float:
+    """Win rate in brevity against the base, on tuning prompts."""
+    asked, theirs = opponents("base", "tune", prompts, PRETRAINING_STEPS)
     return float(wins(scores(asked, sample(model, asked, 4, seed)), theirs)[:, 1].mean())
 
 

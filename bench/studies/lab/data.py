@@ -16,7 +16,7 @@ from bench.studies.lab.model import TinyLM, cached_model, log_probs, sample, seq
 from mopo_kernels import win_rate_from_comparisons
 
 Number = TypeVar("Number", float, Tensor)
-CACHE = Path("runs/lab")
+MODELS = Path(__file__).parents[2] / "results/lab/models"  # committed: runs go on from one base on every machine
 PRETRAINING_STEPS = 1000
 SHARP = 0.7  # temperature of the sharper writer
 
@@ -47,7 +47,7 @@ class Labelled(NamedTuple):
 
 def writer(name: str, steps: int = PRETRAINING_STEPS) -> tuple[TinyLM, float]:
     """The model that wrote the notes, and its temperature."""
-    return cached_model("other" if name == "other" else "base", steps, CACHE), SHARP if name == "sharp" else 1.0
+    return cached_model("other" if name == "other" else "base", steps, MODELS), SHARP if name == "sharp" else 1.0
 
 
 @cache

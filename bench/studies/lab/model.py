@@ -145,13 +145,16 @@ def next_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] == PAD, IGNORED)
 
 
-def cached_model(name: str, steps: int, cache: Path) -> TinyLM:
-    """The base model (one ornate note in eight) or the other writer (all but one in eight), trained once."""
-    path = cache / f"{name}-{steps}.pt"
+def cached_model(name: str, steps: int, folder: Path) -> TinyLM:
+    """The base model (one ornate note in eight) or the other writer (all but one in eight), trained once.
+
+    Training is not the same to the last bit on another machine, and then its win rates are not: the file decides.
+    """
+    path = folder / f"{name}-{steps}.pt"
     if not path.exists():
         model = train_model({"base": 1, "other": 2}[name], steps, {"base": 0.125, "other": 0.875}[name])
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
+        torch.save({k: x.half() for k, x in model.state_dict().items()}, path)
     model = TinyLM()
     model.load_state_dict(torch.load(path))
     return model.eval()

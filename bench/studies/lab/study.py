@@ -17,19 +17,24 @@ from typing import Any
 
 import torch
 
-from bench.studies.lab.contestants import BREVITY, RELEVANCE_PRICE, Method, train
+from bench.studies.lab.contestants import BREVITY, RELEVANCE_PRICE, Method, brevity_of, train
 from bench.studies.lab.data import PRETRAINING_STEPS, Condition, asked_for, labelled, writer
-from bench.studies.lab.measure import OPPONENTS, PROMPTS, SAMPLES, measure
+from bench.studies.lab.measure import OPPONENTS, PROMPTS, SAMPLES, at_equal_threshold, measure
 from mopo_kernels import InfeasibleThresholds
 
 ASKED = round(asked_for(BREVITY, 2), 3)  # what pairs must be asked for it: 0.8
-BREVITY_PRICE = 0.56  # of the population at this threshold (truth.json), for choosing learning rates
-RATES = (5e-4, 1.5e-3, 1.5e-4)
+HIGHEST = 0.92  # threshold of brevity that is asked of pairs
+MARGIN = 0.02  # a standard error of what is measured
+SLACK = 0.2  # a threshold that warmth alone exceeds
+WITHOUT_REFERENCE = 22_500  # tokens left of 30,000 when a forward pass over 2,000 notes is paid for
+BREVITY_PRICE = 0.56  # near the population's multiplier at this threshold (truth.json), for choosing learning rates
+RATES = (5e-4, 1.5e-3, 1.5e-4, 5e-5)
 SEEDS = range(5)
 BY_HAND = {"scale": "weights"}
 
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "clone": {"step": "clone"},
+    "clone per token": {"step": "clone", "average": True},
     "contrast": {"step": "contrast"},
     "regress": {"step": "regress"},
     "contrast + 0.2 clone": {"step": "contrast", "mix": 0.2},
@@ -38,6 +43,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "regress per token": {"step": "regress", "average": True},
     "regress + 1 clone": {"step": "regress", "mix": 1.0},
     "DPO, dual once": {"step": "dpo"},
+    "DPO, primary": {"step": "dpo", **BY_HAND},
+    "IPO, primary": {"step": "ipo", **BY_HAND},
     "DPO, weights": {"step": "dpo", **BY_HAND},
     "IPO, weights": {"step": "ipo", **BY_HAND},
     "MODPO": {"step": "modpo", **BY_HAND},
@@ -50,33 +57,55 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "clone, measured": {"step": "clone", "measured": True},
     "contrast, measured": {"step": "contrast", "measured": True},
     "regress, measured": {"step": "regress", "measured": True},
+    "clone, asked again": {"step": "clone"},
+    "contrast, asked again": {"step": "contrast"},
+    "regress, asked again": {"step": "regress"},
     "clone, importance": {"step": "clone", "importance": True},  # where another model wrote
 }
 RATE_OF = {name: name.split(",")[0] for name in CONTESTANTS if name.startswith(("clone,", "contrast,", "regress,"))}
 SCREENED = [name for name in CONTESTANTS if name not in RATE_OF]
 STEPS = ["clone", "contrast", "regress"]
+PRIMARY_ALONE = ["DPO, primary", "IPO, primary"]
 LEADING = [*STEPS, "contrast + 1 clone", "DPO, dual once"]
 DIALS = {  # beside those of the main condition
     "clone": (0.7, 0.9),
+    "clone per token": (0.7,),
     "contrast": (0.7, 0.9),
     "regress": (0.5, 0.7, 0.9),
+    "contrast + 0.2 clone": (0.7,),
     "contrast + 1 clone": (0.7, 0.9),
+    "contrast per token": (0.6,),
+    "regress per token": (0.6,),
+    "regress + 1 clone": (0.6,),
     "DPO, dual once": (0.7,),
     "DPO, weights": (0.3, 1.0),
-    "IPO, weights": (0.8, 1.0),
+    "IPO, weights": (0.8, 1.0, 1.5, 2.0),
     "MODPO": (1.0, 2.0),
     "rewarded soup": (0.56, 1.0, 2.0),
 }
+ASKED_OF = {  # thresholds on the labels of groups of n: what is wanted, what the formula asks for it, and higher
+    size: tuple(round(x, 4) for x in (BREVITY, asked_for(BREVITY, size), *higher))
+    for size, higher in {
+        2: (0.85, HIGHEST),
+        4: (asked_for(0.65, 4), asked_for(0.7, 4)),
+        8: (asked_for(0.65, 8), asked_for(0.7, 8)),
+    }.items()
+}
 REST = ["contrast + 0.2 clone", "regress + 1 clone", "MODPO", "clone, sgd dual", "clone, barrier dual"]
-ELSEWHERE = [*REST, "rewarded soup", "clone, importance", *(f"{name}, measured" for name in STEPS)]  # not under `main`
+LATER = [f"{name}, {how}" for name in STEPS for how in ("measured", "asked again")]
+ELSEWHERE = [*REST, *LATER, "rewarded soup", "clone, importance"]  # not under `main`
 OWN_PAIRS = Condition()
 CONDITIONS = {
     "another model": Condition(writer="other"),
     "noisy": Condition(accuracy=0.7),
     "groups of 4": Condition(size=4, groups=500),
-    "few": Condition(groups=150),
+    "groups of 8": Condition(size=8, groups=250),
+    "100 pairs": Condition(groups=100),
+    "300 pairs": Condition(groups=300),
+    "2,000 pairs": Condition(groups=2000),
     "sharper": Condition(writer="sharp"),
 }
+OF_SIZE = {2: OWN_PAIRS, 4: CONDITIONS["groups of 4"], 8: CONDITIONS["groups of 8"]}
 
 
 @dataclass(frozen=True)
@@ -105,7 +134,8 @@ class Run:
         measured = measure(trained.model, against, self.prompts, self.seed, self.held_out, self.pretraining)
         done = {"tokens": trained.tokens, "steps": trained.steps, "cpu_seconds": round(trained.seconds, 2)}
         multipliers = [round(x, 4) for x in trained.multipliers]
-        return asdict(self) | {"multipliers": multipliers} | done | measured
+        tuning = {"tuning_brevity": brevity_of(trained.model, self.seed, 120)} if self.part in ("main", "asks") else {}
+        return asdict(self) | {"multipliers": multipliers} | done | measured | tuning
 
 
 def known(path: Path) -> list[dict[str, Any]]:
@@ -151,14 +181,20 @@ def summary(row: dict[str, Any]) -> str:
 def lagrangian(row: dict[str, Any], tau: float = 0.08) -> float:
     """The problem's own objective at the population's multipliers: what a learning rate is chosen by."""
     warmth, brevity, relevance = win_rate(row).values()
+    if row["contestant"] in PRIMARY_ALONE:
+        return warmth - tau * row["kl"]
     return warmth + BREVITY_PRICE * (brevity - BREVITY) + RELEVANCE_PRICE * min(0.0, relevance - 0.5) - tau * row["kl"]
 
 
 def screen(_: list[dict[str, Any]]) -> Iterator[Run]:
-    """Learning rates on the tuning prompts, as many for everyone."""
+    """Learning rates on the tuning prompts, as many for everyone; of MOPO's steps for each size of groups."""
     for rate in RATES:
         for name in SCREENED:
             yield Run("screen", name, at_the_aim(name, {name: rate}), seed=100, prompts="tune")
+        for size, condition in OF_SIZE.items():
+            for name in STEPS if size > 2 else ():
+                method = tuned(name, {name: rate}, aim=ASKED_OF[size][1])
+                yield Run("screen", name, method, condition, seed=100, prompts="tune")
 
 
 def main_condition(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -200,11 +236,62 @@ def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """One factor of the data changed at a time; groups of 4 are asked what corresponds."""
     rates = best_rates(rows)
     for seed in SEEDS:
-        for title, condition in CONDITIONS.items():
-            more = {"another model": ["DPO, dual once", "clone, importance"], "noisy": ["DPO, dual once"]}
-            for name in [*STEPS, *more.get(title, [])]:
-                asked = round(asked_for(BREVITY, condition.size), 4)
-                yield Run("conditions", name, tuned(name, rates, aim=asked), condition, seed)
+        for condition in CONDITIONS.values():
+            importance = ["clone, importance"] if condition.writer != "base" else []
+            for name in [*STEPS, "DPO, dual once", *importance] if condition.size == 2 else ():
+                yield Run("conditions", name, tuned(name, rates, aim=ASKED), condition, seed)
+
+
+def asks(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """What to ask of the labels so that the policy holds it, by the size of groups."""
+    for seed in SEEDS:
+        for size, condition in OF_SIZE.items():
+            rates = best_rates(rows, size)
+            for name in STEPS:
+                for asked in ASKED_OF[size][2 * (size == 2) :]:  # the first two of pairs are under `main`
+                    yield Run("asks", name, tuned(name, rates, aim=asked), condition, seed)
+
+
+def again(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """Asked what the line between two trials says: brevity on the tuning prompts should be held with a margin."""
+    for seed in SEEDS:
+        for size, condition in OF_SIZE.items():
+            for name in STEPS:
+                some = [r for r in rows if r["contestant"] == name and r["seed"] == seed and "tuning_brevity" in r]
+                tried = [r for r in some if Condition(**r["condition"]) == condition]
+                ends = [r for r in tried if r["method"]["aim"] in ASKED_OF[size][::3]]  # the lowest and the highest
+                found = {r["tuning_brevity"]: r["method"]["aim"] for r in ends}
+                on_the_line = at_equal_threshold(found, BREVITY + MARGIN)
+                nearest = found[min(found, key=lambda x: abs(x - BREVITY - MARGIN))]
+                aim = round(nearest if on_the_line is None else on_the_line, 4)
+                method = tuned(f"{name}, asked again", best_rates(rows, size), aim=aim)
+                yield Run("again", f"{name}, asked again", method, condition, seed)
+
+
+def noisy(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """Higher thresholds of labels of which 70% are right."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name in STEPS:
+            for asked in ASKED_OF[2][3:]:
+                yield Run("conditions", name, tuned(name, rates, aim=asked), CONDITIONS["noisy"], seed)
+
+
+def thresholds(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """A threshold that does not bind, and one near what the labels of pairs allow."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name in [*STEPS, "DPO, dual once"]:
+            yield Run("thresholds", name, tuned(name, rates, aim=SLACK), seed=seed)
+        yield Run("thresholds", "DPO, dual once", tuned("DPO, dual once", rates, aim=HIGHEST), seed=seed)
+
+
+def seconds(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """As many passes as clone, the reference pass counted: forward is a third of forward and backward."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name, aim in (("contrast", ASKED), ("regress", ASKED), ("DPO, dual once", ASKED), ("DPO, weights", 1.0)):
+            yield Run("seconds", name, tuned(name, rates, aim=aim), seed=seed, budget=WITHOUT_REFERENCE)
 
 
 def settings(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -222,16 +309,18 @@ def tuned(name: str, rates: dict[str, float], **changes: Any) -> Method:
 
 def at_the_aim(name: str, rates: dict[str, float]) -> Method:
     settings = CONTESTANTS[name]
+    if name in PRIMARY_ALONE:
+        return tuned(name, rates)
     if settings.get("scale") == "weights":
         return tuned(name, rates, aim=BREVITY_PRICE)
     return tuned(name, rates, aim=BREVITY if settings.get("shrink") else ASKED)
 
 
-def best_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Every contestant's learning rate of the highest Lagrangian in the screening."""
+def best_rates(rows: list[dict[str, Any]], size: int = 2) -> dict[str, float]:
+    """Every contestant's learning rate of the highest Lagrangian in the screening, on groups of a size."""
     best: dict[str, tuple[float, float]] = {}
     for row in rows:
-        if row["part"] == "screen" and "infeasible" not in row:
+        if row["part"] == "screen" and "infeasible" not in row and row["condition"]["size"] == size:
             found = lagrangian(row), row["method"]["lr"]
             best[row["contestant"]] = max(best.get(row["contestant"], found), found)
     return {name: rate for name, (_, rate) in best.items()}
@@ -247,13 +336,18 @@ def longer(rows: list[dict[str, Any]]) -> Iterator[Run]:
 
 PARTS: dict[str, Callable[[list[dict[str, Any]]], Iterator[Run]]] = {
     "screen": screen,
+    "asks": asks,
     "main": main_condition,
     "conditions": conditions,
     "sweep": sweep,
+    "thresholds": thresholds,
+    "noisy": noisy,
+    "seconds": seconds,
     "measured": measured,
     "settings": settings,
     "rest": rest,
     "longer": longer,
+    "again": again,
 }
 
 
