@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from bench.studies.lab.data import PRETRAINING_STEPS, Labelled, fresh_win_rate
 from bench.studies.lab.language import OBJECTIVES, scores
 from bench.studies.lab.measure import opponents, wins
-from bench.studies.lab.model import TinyLM, log_probs, sample
+from bench.studies.lab.model import TinyLM, sample
 from mopo_kernels import MOPODual, label_statistics, mopo_objective, policy_loss, sequence_logprob
 
 PRIMARY = OBJECTIVES[0]
@@ -60,8 +60,6 @@ def train(base: TinyLM, data: Labelled, method: Method, budget: int, seed: int) 
         return _soup(base, data, method, budget, seed)
     torch.manual_seed(seed)
     size = int((data.group == 0).sum())
-    if method.step != "clone":
-        log_probs(base, data.ids, data.target)  # the reference pass, for its seconds; the values are in the labels
     if method.shrink:
         data = data._replace(win_rate=fresh_win_rate(data.win_rate, size))
     model, dual = deepcopy(base).train(), dual_of(method, data)

@@ -49,7 +49,7 @@ def measure(model: TinyLM, against: Sequence[str], part: str, seed: int, count: 
         "kl": round(float(log_ratio.mean()), 4),
         "words": round(float(-mine[..., 1].mean()), 3),
         "well_formed": round(sum(map(well_formed, flat)) / len(flat), 4),
-        "forgotten": round(ordinary_loss(model) - ordinary_loss(base), 4),
+        "forgotten": round(ordinary_loss(model) - loss_of_the_base(steps), 4),
     }
 
 
@@ -58,6 +58,11 @@ def ordinary_loss(model: TinyLM) -> float:
     ids, target = ordinary_text()
     with torch.no_grad():
         return -float(linear_logprob(model(ids), model.head, target, reduction="mean"))
+
+
+@cache
+def loss_of_the_base(steps: int) -> float:
+    return ordinary_loss(writer("base", steps)[0])
 
 
 @cache

@@ -8,6 +8,7 @@ Every run is one JSON line, written when it is known; a killed study goes on whe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -66,22 +67,23 @@ RATE_OF = {name: name.split(",")[0] for name in CONTESTANTS if name.startswith((
 SCREENED = [name for name in CONTESTANTS if name not in RATE_OF]
 STEPS = ["clone", "contrast", "regress"]
 PRIMARY_ALONE = ["DPO, primary", "IPO, primary"]
-LEADING = [*STEPS, "contrast + 1 clone", "DPO, dual once"]
-DIALS = {  # beside those of the main condition
-    "clone": (0.7, 0.9),
-    "clone per token": (0.7,),
-    "contrast": (0.7, 0.9),
-    "regress": (0.5, 0.7, 0.9),
-    "contrast + 0.2 clone": (0.7,),
-    "contrast + 1 clone": (0.7, 0.9),
-    "contrast per token": (0.6,),
-    "regress per token": (0.6,),
-    "regress + 1 clone": (0.6,),
+LEADING = [*STEPS, "DPO, dual once", *PRIMARY_ALONE, "DPO, weights", "IPO, weights", "MODPO"]
+DIALS = {  # beside those of the main condition and of what was asked
+    "contrast": (0.7,),
+    "regress": (0.5,),
     "DPO, dual once": (0.7,),
     "DPO, weights": (0.3, 1.0),
-    "IPO, weights": (0.8, 1.0, 1.5, 2.0),
+    "IPO, weights": (1.0, 1.5, 2.0),
     "MODPO": (1.0, 2.0),
     "rewarded soup": (0.56, 1.0, 2.0),
+}
+MIXTURES = {
+    "clone per token": (0.6, 0.7, 0.8),
+    "contrast + 0.2 clone": (0.7, 0.8),
+    "contrast + 1 clone": (0.6, 0.7, 0.8),
+    "contrast per token": (0.6, 0.8),
+    "regress per token": (0.6, 0.8),
+    "regress + 1 clone": (0.6, 0.8),
 }
 ASKED_OF = {  # thresholds on the labels of groups of n: what is wanted, what the formula asks for it, and higher
     size: tuple(round(x, 4) for x in (BREVITY, asked_for(BREVITY, size), *higher))
@@ -91,18 +93,16 @@ ASKED_OF = {  # thresholds on the labels of groups of n: what is wanted, what th
         8: (asked_for(0.65, 8), asked_for(0.7, 8)),
     }.items()
 }
-REST = ["contrast + 0.2 clone", "regress + 1 clone", "MODPO", "clone, sgd dual", "clone, barrier dual"]
-LATER = [f"{name}, {how}" for name in STEPS for how in ("measured", "asked again")]
-ELSEWHERE = [*REST, *LATER, "rewarded soup", "clone, importance"]  # not under `main`
+REST = [*(f"{step}, shrunk labels" for step in STEPS), "clone, sgd dual", "clone, barrier dual"]
 OWN_PAIRS = Condition()
 CONDITIONS = {
-    "another model": Condition(writer="other"),
-    "noisy": Condition(accuracy=0.7),
     "groups of 4": Condition(size=4, groups=500),
     "groups of 8": Condition(size=8, groups=250),
     "100 pairs": Condition(groups=100),
     "300 pairs": Condition(groups=300),
     "2,000 pairs": Condition(groups=2000),
+    "another model": Condition(writer="other"),
+    "noisy": Condition(accuracy=0.7),
     "sharper": Condition(writer="sharp"),
 }
 OF_SIZE = {2: OWN_PAIRS, 4: CONDITIONS["groups of 4"], 8: CONDITIONS["groups of 8"]}
@@ -198,13 +198,22 @@ def screen(_: list[dict[str, Any]]) -> Iterator[Run]:
 
 
 def main_condition(rows: list[dict[str, Any]]) -> Iterator[Run]:
-    """Everyone at the aim that should hold brevity, and the leading ones asked for what is wanted, as labels stand."""
+    """The leading ones at the aim that should hold brevity, those with a dual asked for what is wanted too."""
     rates = best_rates(rows)
     for seed in SEEDS:
-        for name in (x for x in CONTESTANTS if x not in ELSEWHERE):
-            yield Run("main", name, at_the_aim(name, rates), seed=seed)
         for name in LEADING:
+            yield Run("main", name, at_the_aim(name, rates), seed=seed)
+        for name in [*STEPS, "DPO, dual once"]:
             yield Run("main", name, tuned(name, rates, aim=BREVITY), seed=seed)
+
+
+def mixtures(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """A share of clone's likelihood, and log-probabilities per token."""
+    rates = best_rates(rows)
+    for seed in SEEDS:
+        for name, aims in MIXTURES.items():
+            for aim in aims:
+                yield Run("main" if aim == ASKED else "sweep", name, tuned(name, rates, aim=aim), seed=seed)
 
 
 def sweep(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -235,10 +244,11 @@ def rest(rows: list[dict[str, Any]]) -> Iterator[Run]:
 def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """One factor of the data changed at a time; groups of 4 are asked what corresponds."""
     rates = best_rates(rows)
-    for seed in SEEDS:
-        for condition in CONDITIONS.values():
-            importance = ["clone, importance"] if condition.writer != "base" else []
-            for name in [*STEPS, "DPO, dual once", *importance] if condition.size == 2 else ():
+    for condition, seed in itertools.product(CONDITIONS.values(), SEEDS):
+        more = ["DPO, dual once"] if condition.groups == 1000 else []
+        importance = ["clone, importance"] if condition.writer != "base" else []
+        if condition.size == 2:
+            for name in [*STEPS, *more, *importance]:
                 yield Run("conditions", name, tuned(name, rates, aim=ASKED), condition, seed)
 
 
@@ -336,18 +346,19 @@ def longer(rows: list[dict[str, Any]]) -> Iterator[Run]:
 
 PARTS: dict[str, Callable[[list[dict[str, Any]]], Iterator[Run]]] = {
     "screen": screen,
-    "asks": asks,
     "main": main_condition,
-    "conditions": conditions,
+    "asks": asks,
     "sweep": sweep,
+    "conditions": conditions,
+    "again": again,
     "thresholds": thresholds,
-    "noisy": noisy,
     "seconds": seconds,
-    "measured": measured,
+    "noisy": noisy,
+    "mixtures": mixtures,
     "settings": settings,
     "rest": rest,
+    "measured": measured,
     "longer": longer,
-    "again": again,
 }
 
 

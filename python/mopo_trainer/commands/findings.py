@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mopo_trainer.report.evidence import against_fresh_texts, within_group
+from mopo_trainer.report.evidence import worth_of_threshold
 
 PAPER_EPS = 0.15
 GAIN = "gain"  # what a table shows in place of a negative cost
@@ -95,12 +95,9 @@ def _labels(found: Found) -> Iterator[str]:
 
 def _fresh(found: Found) -> Iterator[str]:
     """What thresholds within small groups are worth against texts that the policy will write."""
-    n, sure = found["group_size"], [row for row in _asked(found) if row["sure"]]
+    sure = [row for row in _asked(found) if row["sure"]]
     for row in sure:
-        bound = row["threshold"]
-        there, needed = against_fresh_texts(bound, n), within_group(bound, n)
-        ask = f"ask {needed:.2f} for {bound:g}" if needed < 1 else f"no threshold of groups of {n} is worth {bound:g}"
-        yield f"{row['objective']} {bound:g} among {n} responses is about {there:.2f} against fresh texts: {ask} there."
+        yield worth_of_threshold(row["objective"], row["threshold"], found["group_size"])
     if sure:
         yield "(If comparisons are right and seldom tie.)"
 

@@ -35,7 +35,13 @@ from mopo_trainer.files import write_json
 from mopo_trainer.names import did_you_mean, it_has
 from mopo_trainer.report import plots
 from mopo_trainer.report.evaluate import Interval
-from mopo_trainer.report.evidence import are_sure, intervals_over_prompts, prompt_win_rates, rank_correlations
+from mopo_trainer.report.evidence import (
+    are_sure,
+    intervals_over_prompts,
+    prompt_win_rates,
+    rank_correlations,
+    usual_size,
+)
 from mopo_trainer.report.tables import new_table
 
 RATCHET_BETA = 0.9995  # the paper's, and the trainer's default: what eps="auto" is measured by
@@ -173,7 +179,7 @@ class LabelProblem(Problem):
     @property
     def group_size(self) -> int:
         """The usual number of responses to a prompt."""
-        return int(self.group.unique(return_counts=True)[1].median())
+        return usual_size(self.group)
 
     def largest_eps(self, thresholds: Mapping[str, float]) -> Tensor:
         """The largest eps at which each threshold can be met if it alone is asked for, [K], inf where none is."""

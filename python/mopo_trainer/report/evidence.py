@@ -37,6 +37,19 @@ def within_group(win_rate: float, group_size: int) -> float:
     return ((group_size + 1) * win_rate - 1) / (group_size - 1)
 
 
+def worth_of_threshold(objective: str, bound: float, group_size: int) -> str:
+    """What a threshold within groups is worth against new texts, and what to ask of the labels to get it there."""
+    needed = within_group(bound, group_size)
+    worth = f"{objective} {bound:g} among {group_size} responses is about {against_fresh_texts(bound, group_size):.2f}"
+    ask = f"ask {needed:.2f} for" if needed < 1 else f"no threshold of groups of {group_size} is worth"
+    return f"{worth} against fresh texts: {ask} {bound:g} there."
+
+
+def usual_size(group: Tensor) -> int:  # [M]
+    """The median number of responses to a prompt."""
+    return int(group.unique(return_counts=True)[1].median())
+
+
 def are_sure(win_rate: Tensor, group: Tensor) -> bool:  # [M], NaN = unlabelled; [M]
     """Whether win rates are counts of comparisons that are 0 or 1, with ties among at most a tenth of the responses."""
     others = (group.unique(return_inverse=True, return_counts=True)[2] - 1)[group.unique(return_inverse=True)[1]]

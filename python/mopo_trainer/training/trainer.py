@@ -32,6 +32,7 @@ from mopo_trainer.data import objectives
 from mopo_trainer.data.packing import GroupBatch, collate
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.names import it_has
+from mopo_trainer.report.evidence import are_sure, usual_size, worth_of_threshold
 from mopo_trainer.training.adapter import (
     check_trainable,
     read_adapter,
@@ -231,6 +232,7 @@ class MOPOTrainer(Trainer):
             self._eval_reference(groups, prefix)
         if self._resumed:
             return
+        _warn_of_luck(self.train_groups, self.dual.objectives, self.args)
         if self._needs_reference():
             self.reference["train"] = self._initial_logps(self.train_groups, "train")
         self.dual.refresh(self.train_groups.win_rate, self.train_groups.group)
@@ -452,6 +454,13 @@ def _check_min_weight(groups: TokenizedGroups, args: MOPOConfig) -> None:
             f"min_weight={args.min_weight} could drop all responses of a group of {largest}; "
             f"give less than {1 / largest:.3g}"
         )
+
+
+def _warn_of_luck(groups: TokenizedGroups, names: Sequence[str], args: MOPOConfig) -> None:
+    """Say of thresholds that labels meet and fresh texts will not what they are worth there."""
+    for name, bound in args.threshold_map().items():
+        if bound > 0.5 and are_sure(groups.win_rate[:, names.index(name)], groups.group):
+            logger.warning("%s", worth_of_threshold(name, bound, usual_size(groups.group)))
 
 
 def _dual(names: Sequence[str], args: MOPOConfig) -> MOPODual:

@@ -219,6 +219,16 @@ def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, 
     assert references_made(tiny_model, pairs) == 1, "another model"
 
 
+def test_thresholds_that_fresh_texts_will_miss_are_said_so(tmp_path, tiny_model, tokenizer, pairs, caplog):
+    make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.55"]).start_dual()
+    assert "brief 0.55 among 2 responses is about 0.52 against fresh texts: ask 0.65 for 0.55 there." in caplog.text
+    caplog.clear()
+    make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.4"]).start_dual()
+    unsure = [row | {"preference": {name: 0.2 + 0.6 * p for name, p in row["preference"].items()}} for row in pairs]
+    make(tmp_path, tiny_model, tokenizer, unsure, thresholds=["brief=0.55"]).start_dual()
+    assert "fresh texts" not in caplog.text, "luck raises what is below a half, and labels that are no counts say less"
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
