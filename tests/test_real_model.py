@@ -1,0 +1,115 @@
+"""bench/studies/real_model: who trains on what, DPO's loss, a budget in tokens, and the whole way with a tiny model."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.studies.real_model import contestants, measure, report, study
+from bench.studies.real_model.contestants import CONTESTANTS, dpo
+from bench.studies.real_model.data import DATA, groups_of, split
+from bench.studies.real_model.study import Run
+from mopo_trainer.commands import demo
+from mopo_trainer.training.step import StepLabels
+
+
+def test_three_seeds_hold_out_different_prompts_and_none_of_those_for_tuning():
+    tuning = set(split("demo", 0, "tune")[1]["prompt"])
+    parts = [split("demo", seed, "test") for seed in range(3)]
+    held_out = [set(test["prompt"]) for _, test in parts]
+    assert not held_out[0] & held_out[1] | held_out[0] & held_out[2] | held_out[1] & held_out[2]
+    assert [len(x) for x in held_out] == [49] * 3 and len(tuning) == 20
+    assert not tuning & set().union(*held_out)
+    for train, test in parts:
+        assert not set(train["prompt"]) & (tuning | set(test["prompt"]))
+        assert len(train) == len(groups_of("demo")) - 49 - 20
+    assert set(split("demo", 3, "test")[1]["prompt"]) != held_out[0]
+
+
+def test_fresh_asks_what_groups_of_four_need():
+    assert CONTESTANTS["clone, fresh"].thresholds(DATA["demo"], 4) == {"brevity": 0.6667, "plain_language": 0.5833}
+    assert CONTESTANTS["clone"].thresholds(DATA["demo"], 4) == DATA["demo"].thresholds
+    assert CONTESTANTS["DPO, primary alone"].thresholds(DATA["demo"], 4) == {}
+
+
+def test_dpo_compares_within_groups_by_the_weighted_orders():
+    win_rate = torch.tensor([[1.0, 0.5], [0.0, 0.5], [0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    labels = StepLabels(win_rate, torch.tensor([0, 0, 7, 7]), None)
+    log_ratio = torch.tensor([3.0, 1.0, 2.0, -2.0])
+    found = dpo(log_ratio, labels, torch.tensor([0.75, 0.25]))
+
+    def loss(p, z):
+        return -p * math.log(1 / (1 + math.exp(-z))) - (1 - p) * math.log(1 / (1 + math.exp(z)))
+
+    # the first pair ties in the second objective: 0.75 + 0.25 / 2
+    assert found.item() == pytest.approx((loss(0.875, 0.2) + loss(0.0, 0.4)) / 2, abs=1e-6)
+
+
+def test_prompts_keep_their_end():
+    tokenizer = demo._tiny_model(0)[1]
+    data = replace(DATA["qa-feedback"], max_prompt_length=measure.TEMPLATE_TOKENS + 9)
+    assert measure.shorten("long passage. Question?", tokenizer, data) == "Question?"
+    assert measure.shorten("Question?", tokenizer, data) == "Question?"
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A random model over bytes, few prompts, two tokens a text."""
+    model, tokenizer = demo._tiny_model(0)
+    monkeypatch.setattr(study, "base_model", lambda: (model, tokenizer))
+    monkeypatch.setattr(study, "base_loss", lambda: 5.0)
+    monkeypatch.setattr(study, "load", lambda: demo._tiny_model(0)[0])
+    monkeypatch.setattr(study, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(measure, "ORDINARY_TEXTS", 1)
+    monkeypatch.setattr(measure, "DEMO", replace(measure.DEMO, max_new_tokens=6))
+    for name in ("demo", "qa-feedback"):
+        monkeypatch.setitem(DATA, name, replace(DATA[name], budget=900, held_out=5, tuning_prompts=4))
+    return tmp_path
+
+
+def test_runs_are_written_once_and_the_report_stands_on_them(tiny):
+    runs = [Run("demo", name, 1e-3, seed) for name in ("clone", "DPO, weights") for seed in (0, 1)]
+    runs += [Run("qa-feedback", "contrast", 1e-3, 0), Run("demo", "clone, fresh", 1e-3, 100, "tune")]
+    study.execute(runs[:2], tiny, math.inf)
+    study.execute(runs, tiny, math.inf)
+    rows = study.known(tiny / "runs.jsonl")
+    assert [study.run_of(row) for row in rows] == runs
+    assert all(row["steps"] >= 1 and len(row["losses"]) == row["steps"] for row in rows)
+    assert len(rows[0]["win_rates"]["brevity"]) == 5
+    implied = rows[4]["implied"]["summed"]
+    assert len(implied["preferred"]) == 5 and set(implied) == {"preferred", "brevity"}
+    assert (tiny / "texts" / "qa-feedback_base_test0.jsonl").exists()
+    with study.claim(Run("demo", "clone", 1.0, 0)) as mine, study.claim(Run("demo", "clone", 1.0, 0)) as other:
+        assert mine and not other
+    assert "2/2" in report.demo(rows) or "1/2" in report.demo(rows) or "0/2" in report.demo(rows)
+    assert report.human(rows).count("contrast") == 1
+    report.draw_front(report.measured(rows, "demo"), tiny / "front.png")
+    assert (tiny / "front.png").stat().st_size > 1000
+
+
+def test_the_budget_counts_what_enters_the_model(tiny):
+    train, held_out = split("demo", 0, "test")
+    data = replace(DATA["demo"], max_prompt_length=500, max_length=2000)  # bytes, so that none is cut
+    tokenizer = demo._tiny_model(0)[1]
+    spent = {}
+    for name in ("clone, primary alone", "clone", "contrast"):
+        done = contestants.train(
+            *(demo._tiny_model(0)[0], tokenizer, train, held_out, data, CONTESTANTS[name]),
+            *(1e-3, 0, str(tiny / "run")),
+        )
+        spent[name] = done.tokens / done.steps / data.groups_per_step[CONTESTANTS[name].step]
+    assert spent["clone, primary alone"] < spent["clone"] < spent["contrast"] / (1 + contestants.FORWARD_ALONE)
+    ids = [len(tokenizer(text)["input_ids"]) + 1 for texts in train["responses"] for text in texts]
+    in_responses = spent["contrast"] / (1 + contestants.FORWARD_ALONE) - sum(ids) / len(train)
+    prompts = [len(tokenizer(prompt)["input_ids"]) for prompt in train["prompt"]]
+    assert in_responses == pytest.approx(np.mean(prompts) + 3, abs=0.01)  # the template's tokens
+
+
+def test_the_committed_tables_are_those_of_the_runs():
+    results = report.Path(__file__).parents[1] / "bench/results/real_model"
+    rows = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
+    text = "\n\n".join(filter(None, (section(rows) for section in report.SECTIONS)))
+    assert (results / "tables.md").read_text() == text + "\n"
