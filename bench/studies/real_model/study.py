@@ -201,7 +201,7 @@ def lagrangian(row: Row, tau: float = 0.08) -> float:
 
 
 def best_rates(rows: list[Row]) -> dict[str, float]:
-    """The learning rate of each kind that the tuning prompts liked best; the lower one of two that they hardly order."""
+    """Of each kind the learning rate that the tuning prompts liked best, the lower of two that they hardly order."""
     values: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["part"] == "tune" and "infeasible" not in row:
