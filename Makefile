@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format bench results clean
 
 help:  ## what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ format: $(STAMP)  ## let ruff rewrite
 
 bench: $(STAMP)  ## benchmarks, half an hour: they measure and assert nothing about time; tables and plots in runs/bench
 	$(BIN)/python -m bench.cpu.run runs/bench
+
+results: $(STAMP)  ## docs/results.md, its tables and pictures, made again from the committed runs
+	$(BIN)/python -m bench.studies.tabular.report bench/results/tabular
+	$(BIN)/python -m bench.studies.lab.report bench/results/lab docs/results.md
+	$(BIN)/python -m bench.studies.real_model.report bench/results/real_model docs/results.md
 
 clean:  ## remove build outputs, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

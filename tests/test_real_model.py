@@ -1,19 +1,21 @@
 """bench/studies/real_model: who trains on what, DPO's loss, a budget in tokens, and the whole way with a tiny model."""
 
-import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench.studies.real_model import contestants, measure, report, study
+from bench.studies.real_model import contestants, data, measure, report, study
 from bench.studies.real_model.contestants import CONTESTANTS, dpo
 from bench.studies.real_model.data import DATA, groups_of, split
 from bench.studies.real_model.study import Run
 from mopo_trainer.commands import demo
 from mopo_trainer.training.step import StepLabels
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_three_seeds_hold_out_different_prompts_and_none_of_those_for_tuning():
@@ -51,9 +53,9 @@ def test_dpo_compares_within_groups_by_the_weighted_orders():
 
 def test_prompts_keep_their_end():
     tokenizer = demo._tiny_model(0)[1]
-    data = replace(DATA["qa-feedback"], max_prompt_length=measure.TEMPLATE_TOKENS + 9)
-    assert measure.shorten("long passage. Question?", tokenizer, data) == "Question?"
-    assert measure.shorten("Question?", tokenizer, data) == "Question?"
+    short = replace(DATA["qa-feedback"], max_prompt_length=measure.TEMPLATE_TOKENS + 9)
+    assert measure.shorten("long passage. Question?", tokenizer, short) == "Question?"
+    assert measure.shorten("Question?", tokenizer, short) == "Question?"
 
 
 @pytest.fixture
@@ -66,6 +68,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "SCRATCH", tmp_path / "scratch")
     monkeypatch.setattr(measure, "ORDINARY_TEXTS", 1)
     monkeypatch.setattr(measure, "DEMO", replace(measure.DEMO, max_new_tokens=6))
+    monkeypatch.setattr(data, "groups_of", lambda name: groups_of(name).select(range(24)))
     for name in ("demo", "qa-feedback"):
         monkeypatch.setitem(DATA, name, replace(DATA[name], budget=900, held_out=5, tuning_prompts=4))
     return tmp_path
@@ -96,15 +99,15 @@ def test_runs_are_written_once_and_the_report_stands_on_them(tiny):
 
 def test_the_budget_counts_what_enters_the_model(tiny):
     train, held_out = split("demo", 0, "test")
-    data = replace(DATA["demo"], max_prompt_length=500, max_length=2000)  # bytes, so that none is cut
+    whole = replace(DATA["demo"], max_prompt_length=500, max_length=2000)  # bytes, so that none is cut
     tokenizer = demo._tiny_model(0)[1]
     spent = {}
     for name in ("clone, primary alone", "clone", "contrast"):
         done = contestants.train(
-            *(demo._tiny_model(0)[0], tokenizer, train, held_out, data, CONTESTANTS[name]),
+            *(demo._tiny_model(0)[0], tokenizer, train, held_out, whole, CONTESTANTS[name]),
             *(1e-3, 0, str(tiny / "run")),
         )
-        spent[name] = done.tokens / done.steps / data.groups_per_step[CONTESTANTS[name].step]
+        spent[name] = done.tokens / done.steps / whole.groups_per_step[CONTESTANTS[name].step]
     assert spent["clone, primary alone"] < spent["clone"] < spent["contrast"] / (1 + contestants.FORWARD_ALONE)
     ids = [len(tokenizer(text)["input_ids"]) + 1 for texts in train["responses"] for text in texts]
     in_responses = spent["contrast"] / (1 + contestants.FORWARD_ALONE) - sum(ids) / len(train)
@@ -113,7 +116,8 @@ def test_the_budget_counts_what_enters_the_model(tiny):
 
 
 def test_the_committed_tables_are_those_of_the_runs():
-    results = report.Path(__file__).parents[1] / "bench/results/real_model"
-    rows = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
+    results = ROOT / "bench/results/real_model"
+    rows = study.known(results / "runs.jsonl")
     text = "\n\n".join(filter(None, (section(rows) for section in report.SECTIONS)))
     assert (results / "tables.md").read_text() == text + "\n"
+    assert f"{report.BEGIN}\n\n{text}\n\n{report.END}" in (ROOT / "docs/results.md").read_text()

@@ -32,6 +32,7 @@ class Contestant:
 
     step: str  # clone, contrast, dpo
     ask: str  # nothing: the primary alone; asked: the thresholds; fresh: what fresh texts need for them
+    length: int = 1  # so many times the tokens, and the groups of a step
 
     def thresholds(self, data: Data, group_size: int) -> dict[str, float]:
         if self.ask == "nothing":
@@ -45,6 +46,7 @@ CONTESTANTS = {
     "clone, primary alone": Contestant("clone", "nothing"),
     "clone": Contestant("clone", "asked"),
     "clone, fresh": Contestant("clone", "fresh"),
+    "clone, fresh, twice as long": Contestant("clone", "fresh", length=2),  # as long as the demo
     "contrast": Contestant("contrast", "asked"),
     "contrast, fresh": Contestant("contrast", "fresh"),
     "DPO, primary alone": Contestant("dpo", "nothing"),
@@ -81,7 +83,7 @@ def train(
     start = time.process_time()
     set_seed(seed)
     clones = contestant.step == "clone"
-    per_step = data.groups_per_step[contestant.step]
+    per_step = contestant.length * data.groups_per_step[contestant.step]
     micro_batch = min(per_step, 2)
     size = len(groups["responses"][0])
     args = MOPOConfig(
@@ -114,7 +116,7 @@ def train(
     if isinstance(trainer, PairTrainer) and contestant.step == "dpo":
         trainer.weights = trainer.dual.multipliers / trainer.dual.multipliers.sum()
     cost = tokens_of_a_group(trainer, clones)
-    args.max_steps = max(1, round(data.budget / (per_step * cost)))
+    args.max_steps = max(1, round(contestant.length * data.budget / (per_step * cost)))
     trainer.train()
     seconds = time.process_time() - start
     found = implied(trainer, held_out) if data.human else {}

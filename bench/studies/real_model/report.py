@@ -132,6 +132,7 @@ def seeds(rows: list[Row]) -> str:
 PAIRED = (
     ("clone, fresh", "clone"),
     ("clone, fresh", "clone, primary alone"),
+    ("clone, fresh, twice as long", "clone, fresh"),
     ("contrast, fresh", "clone, fresh"),
     ("DPO, weights", "clone, fresh"),
     ("contrast, fresh", "DPO, weights"),

@@ -214,8 +214,8 @@ def best_rates(rows: list[Row]) -> dict[str, float]:
 
 def demo(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
     """The demo's data; what matters most first."""
-    first = ("clone, fresh", "clone", "contrast, fresh", "DPO, weights")
-    for names in (first, [name for name in CONTESTANTS if name not in first]):
+    first, second = ("clone, fresh", "clone", "contrast, fresh", "DPO, weights"), ("clone, fresh, twice as long",)
+    for names in (first, second, [name for name in CONTESTANTS if name not in first + second]):
         for seed in seeds:
             for name in names:
                 yield tuned(rows, "demo", name, seed)
