@@ -14,12 +14,14 @@ import triton
 from torch import Tensor
 
 from mopo_kernels.backends.batch import Labels
-from mopo_kernels.backends.fold import Statistics, Tile, Transform
+from mopo_kernels.backends.fold import Samples, Statistics, Tile, Transform
+from mopo_kernels.backends.lists import Lists
 from mopo_kernels.backends.triton.batch import MAX_RESPONSES, label_statistics, sequence_sums
 from mopo_kernels.backends.triton.cut_backward import launch
 from mopo_kernels.backends.triton.cut_forward import cut_statistics
 from mopo_kernels.backends.triton.cut_tile import KERNELS, TABLE, Blocks, CutInputs, candidates
 from mopo_kernels.backends.triton.fold import fold_gradient, fold_statistics
+from mopo_kernels.backends.triton.sample import fold_sample, sum_rows
 from mopo_kernels.backends.triton.scale import scale_in_place
 
 TYPES = {
@@ -31,6 +33,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ALIGNED = [["tt.divisibility", 16]]  # what a launch finds out about pointers and integers
 NEEDS = {
     "gradients": [(True, True, True), (True, True, False), (True, False, False)],
@@ -81,9 +84,8 @@ def recorded() -> Iterator[list[Configuration]]:
 def of_fold() -> list[Configuration]:
     """Those of all dtypes and options, of vocabularies that are whole vectors and not, of few rows and many; with
     entropies and the gradient of lse, and without."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     with recorded() as found:
-        for dtype, softcap, with_bias, extra in itertools.product(dtypes, *[(False, True)] * 3):
+        for dtype, softcap, with_bias, extra in itertools.product(DTYPES, *[(False, True)] * 3):
             for rows, columns in ((8192, 151936), (4, 50257)):
                 logits, target = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, dtype=torch.int64)
                 bias = torch.empty(columns, dtype=torch.promote_types(dtype, torch.float32)) if with_bias else None
@@ -92,10 +94,29 @@ def of_fold() -> list[Configuration]:
                 fold_statistics(tile, Statistics(per_row, per_row, per_row, per_row if extra else None))
                 for out in (logits, torch.empty(rows, columns + 1, dtype=dtype)[:, :-1]):
                     fold_gradient(tile, per_row, per_row, out, per_row if extra else None)
-        for dtype in dtypes:
+        for dtype in DTYPES:
             scale_in_place(
                 torch.empty(2**20, dtype=dtype), torch.empty((), dtype=torch.promote_types(dtype, torch.float32))
             )
+    return found
+
+
+def of_sample() -> list[Configuration]:
+    """Those of all dtypes and options, of vocabularies that are whole vectors and not; and of hidden sizes likewise."""
+    with recorded() as found:
+        for dtype, softcap, with_bias in itertools.product(DTYPES, *[(False, True)] * 2):
+            work = torch.promote_types(dtype, torch.float32)
+            for rows, columns in ((8192, 151936), (4, 50257)):
+                bias = torch.empty(columns, dtype=work) if with_bias else None
+                target, per_row = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float64)
+                tile = Tile(torch.empty(rows, columns, dtype=dtype), target, Transform(1.0, 1.0, softcap), bias=bias)
+                samples = Samples.start(rows, columns, 1 / 64, work, target.device)
+                fold_sample(tile, per_row, per_row, 1 / 64, samples)
+        for dtype, hidden_size in itertools.product(DTYPES, (4096, 577)):
+            work = torch.promote_types(dtype, torch.float32)
+            edges, index = torch.empty(9, dtype=torch.int64), torch.empty(20, dtype=torch.int32)
+            lists = Lists(edges[:-1], edges[1:], index, torch.empty(20, dtype=work))
+            sum_rows(lists, torch.empty(512, hidden_size, dtype=dtype), torch.empty(8, hidden_size, dtype=dtype))
     return found
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from aot_configurations import Configuration, of_batch, of_fold, of_table
+from aot_configurations import Configuration, of_batch, of_fold, of_sample, of_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,7 +29,8 @@ TEXT = """# What Triton makes of the kernels
 Every configuration that the launchers can choose compiles for A100 (sm_80), H100 (sm_90) and B200 (sm_100), without a
 GPU. The lists below show that
 
-- the cut kernels and the fold kernels spill no registers (stack 0) and fit the shared memory of their GPU,
+- the kernels of folds and samples and the cut kernels spill no registers (stack 0) and fit the shared memory of their
+  GPU,
 - products of 16 bits run on tensor cores: `mma` on sm_80, `wgmma` on sm_90, `tcgen05` on sm_100; float32 is multiplied
   as float32 (unless torch may use TF32),
 - the kernel of label statistics, one program for a whole batch, has its stack where a batch has a thousand responses or
@@ -96,7 +97,7 @@ def _page() -> str:
     for architecture in ARCHITECTURES:
         dtypes = torch.bfloat16, torch.float32
         configurations = {f"Cut kernels, {x}": list(of_table(x, dtypes)) for x in (architecture, "default")}
-        configurations["Fold and batch"] = [*of_fold(), *of_batch()]
+        configurations["Fold, samples and batch"] = [*of_fold(), *of_sample(), *of_batch()]
         for name, found in configurations.items():
             sections.append(f"## {architecture}: {name}\n\n{_table(all_resources(found, architecture))}\n")
     return "\n".join(sections)

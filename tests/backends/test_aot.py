@@ -23,6 +23,7 @@ STACK_BYTES = {"BLOCK_B=1024": 64, "BLOCK_B=8192": 4096}
 CUT = "[of_cut(kernel, torch.bfloat16, TABLE['{architecture}']['bfloat16'][kernel])[0] for kernel in {kernels}]"
 FOLD = "[x for x in of_fold() if 'row_stride=50257' in x.name and 'ALIGN=16' in x.name and 'bias=None' not in x.name]"
 HALF = f"[x for x in {FOLD} if 'bf16' in x.name and 'SOFTCAP=True' in x.name]"
+SAMPLE = "[x for x in of_sample() if 'bf16' in x.name and 'stride' in x.name][-2:]"  # one of each kernel
 BATCH = "[x for x in of_batch() if 'BLOCK_L' in x.name or 'BLOCK_B=1024' in x.name][::2]"
 
 COMPILE = """
@@ -91,19 +92,21 @@ def check_vectors(found):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
 def test_a_kernel_of_each_kind(architecture):
     cut = CUT.format(architecture=architecture, kernels=("statistics", "gradients"))
-    found = compiled(f"{cut} + {HALF}", architecture)
-    assert len(found) == 6
+    found = compiled(f"{cut} + {HALF} + {SAMPLE}", architecture)
+    assert len(found) == 8
     check(found, architecture)
 
 
 def test_all_kernels_on_h100():
     """What Triton does before it knows the architecture shows here for all: atomics, barriers, vectors."""
     cut = CUT.format(architecture="sm_90", kernels="KERNELS")
-    found = compiled(f"{cut} + {HALF} + {BATCH}", "sm_90")
+    found = compiled(f"{cut} + {HALF} + {SAMPLE} + {BATCH}", "sm_90")
     assert [x["name"].split("(")[0] for x in found] == [
         "cut_statistics_kernel",
         *["cut_gradients_kernel"] * 3,
         *["statistics_kernel", "gradient_kernel"] * 2,
+        "sample_kernel",
+        "sum_rows_kernel",
         "sequence_sums_kernel",
         "label_statistics_kernel",
     ]
@@ -141,5 +144,5 @@ def test_blocks_worth_timing(architecture):
 
 @pytest.mark.slow
 @on_all
-def test_all_fold_and_batch_kernels(architecture):
-    check(compiled("[*of_fold(), *of_batch()]", architecture), architecture)
+def test_all_fold_sample_and_batch_kernels(architecture):
+    check(compiled("[*of_fold(), *of_sample(), *of_batch()]", architecture), architecture)

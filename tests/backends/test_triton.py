@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mopo_kernels.backends import triton as backend
 from mopo_kernels.backends.batch import Labels, LabelValues
-from mopo_kernels.backends.fold import Statistics
+from mopo_kernels.backends.fold import Samples, Statistics
 
 if backend.UNAVAILABLE:
     pytest.skip(backend.UNAVAILABLE, allow_module_level=True)
@@ -231,6 +231,76 @@ def test_rows_that_begin_behind_2_to_the_31_elements(stride):
     torch.testing.assert_close(statistics.chosen, chosen, rtol=0, atol=0)
     write_gradient(second, lse, coefficient, first, target, PLAIN, [300])
     assert ((second.double() - gradient).abs() <= gradient.abs() * 2**-7 + 1e-12).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def check_samples(rows, widths, offset, dtype, transform, with_bias=True, masked=0.0, scale=1.0, seed=0):
+    options = {"with_bias": with_bias, "masked": masked, "scale": scale, "seed": seed}
+    fold_contract.check_samples(
+        backend, DEVICE, rows=rows, widths=widths, offset=offset, padding=3, dtype=dtype, transform=transform, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [  # the seed chooses the floor: 0.9, 0.25, 2^-6, 0.01, 1e-4
+        pytest.param((2, [5001], 0, torch.float32, PLAIN, False, 0.0, 1.0, 2), id="one tile of several blocks"),
+        pytest.param((3, [17, 2049, 1, 7], 9, torch.float32, CAPPED, True, 0.4, 1.0, 3), id="tiles of odd widths"),
+        pytest.param((2, [1024, 1000], 1, torch.float16, SCALED, True, 0.0, 3.0, 12), id="float16"),
+        pytest.param((2, [7, 2099], 16, torch.bfloat16, CAPPED, True, 0.4, 1.0, 7), id="bfloat16"),
+        pytest.param((2, [513, 30], 3, torch.float64, CAPPED, True, 0.0, 1.0, 17), id="float64"),
+        pytest.param((2, [900], 5, torch.float32, PLAIN, True, 0.0, 0.1, 4), id="all entries exact"),
+        pytest.param((4, [300], 2, torch.float32, PLAIN, True, 0.0, 30.0, 0), id="a floor of almost 1"),
+    ],
+)
+def test_samples_of_ragged_tiles(case):
+    check_samples(*case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(**fold_contract.sampled_strategies(rows=3, widths=[1, 2, 7, 17, 1000, 1025, 4097]))
+def test_samples_of_many_ragged_tiles(**case):
+    fold_contract.check_samples(backend, DEVICE, **case)
+
+
+@pytest.mark.parametrize(
+    "dtype", [x if x == torch.float32 else pytest.param(x, marks=pytest.mark.slow) for x in DTYPES]
+)
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
+def test_sampling_is_unbiased(dtype, transform):
+    fold_contract.check_sampling_is_unbiased(backend, DEVICE, dtype, transform, draws=8)
+
+
+def test_extreme_samples():
+    fold_contract.check_extreme_samples(backend, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [37, pytest.param(1500, marks=pytest.mark.slow)])
+def test_products_of_samples(dtype, width):
+    fold_contract.check_sample_products(backend, DEVICE, dtype, width=width)
+
+
+def test_products_of_no_samples_are_zero():
+    samples = Samples.start(3, 50, 0.5, torch.float32, torch.device(DEVICE))
+    for product, shape in ((backend.sample_hidden, (3, 8)), (backend.sample_weight, (50, 8))):
+        out = torch.full(shape, math.nan, device=DEVICE)
+        product(samples, torch.full((53 - shape[0], 8), math.nan, device=DEVICE), out)
+        assert (out == 0).all()
+
+
+@on_cpu
+def test_samples_of_rows_that_begin_behind_2_to_the_31_elements():
+    logits = torch.as_strided(sparse(3 * 2**31, torch.bfloat16), (3, 300), (2**31 + 3, 1))
+    logits.copy_(torch.randn(3, 300))
+    target, zeros = per_row(0, 1, 299), torch.zeros(3, dtype=torch.float64)
+    lse = logits.double().logsumexp(1)
+    arguments = (target, lse, zeros, 2.0**-5, PLAIN, None, [300])
+    far, near = (fold_contract.fold_sample(backend, x, *arguments) for x in (logits, logits.clone()))
+    assert all(torch.equal(x, y) for x, y in zip((*far[0], far[1]), (*near[0], near[1]), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------ sequence sums

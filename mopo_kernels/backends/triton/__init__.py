@@ -20,14 +20,18 @@ else:
     UNAVAILABLE = ""
     from mopo_kernels.backends.triton.batch import label_statistics, sequence_sums
     from mopo_kernels.backends.triton.fold import fold_gradient, fold_statistics
+    from mopo_kernels.backends.triton.sample import fold_sample, sample_hidden, sample_weight
     from mopo_kernels.backends.triton.scale import scale_in_place
 
 __all__ = [
     "INTERPRETED",
     "UNAVAILABLE",
     "fold_gradient",
+    "fold_sample",
     "fold_statistics",
     "label_statistics",
+    "sample_hidden",
+    "sample_weight",
     "scale_in_place",
     "sequence_sums",
 ]
