@@ -70,6 +70,21 @@ def test_transformers_trainer(given, monkeypatch, tmp_path):
     assert not torch.equal(scope["model"].lm_head.weight.cpu(), start.lm_head.weight)
 
 
+def test_lightning(given, monkeypatch, tmp_path):
+    pytest.importorskip("lightning")
+    scope = run("lightning_module.py", [*given, *HELD], monkeypatch, tmp_path)
+    assert scope["trainer"].global_step == 4  # eight groups, two at a time
+    module = scope["module"]
+    start = AutoModelForCausalLM.from_pretrained(given[0])
+    assert not torch.equal(module.model.lm_head.weight.cpu(), start.lm_head.weight)
+    with torch.no_grad():
+        batch = scope["collate"]([0, 3])
+        logp = plain_logps(module.model, [scope["rows"][i] for i in (0, 1, 6, 7)])
+        expected = mopo_objective(logp, batch[2].double(), batch[3], scope["dual"].multipliers, tau=0.08).loss
+        found = module.training_step(batch, 0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_trls_script(given, monkeypatch, tmp_path):
     pytest.importorskip("trl")
     arguments = ["--model_name_or_path", given[0], "--dataset_name", given[1], "--output_dir", str(tmp_path / "out")]
