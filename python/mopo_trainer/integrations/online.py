@@ -51,18 +51,28 @@ def measured_win_rates(
     return wins.nanmean(2).flatten(0, 1)
 
 
-def without_gaps(win_rate: Tensor, samples: int) -> Tensor:  # [N, K] -> [N, K]
+def wins(reward: float, opponents: Sequence[float], rating_scale: float | None = None) -> float:
+    """`measured_win_rates` of one sample, where opponents are scored beside it."""
+    ours, theirs = torch.full((len(opponents), 1), reward), torch.tensor(opponents)[:, None]
+    return measured_win_rates(ours, theirs, len(opponents), rating_scale)[0].item()
+
+
+def without_gaps(win_rate: Tensor, group: Tensor) -> Tensor:  # [N, K], [N] -> [N, K]
     """A sample that an objective does not score takes the mean of its prompt's others there, and so no side.
 
     NaN stays where no sample of the prompt is scored.
     """
-    grouped = win_rate.unflatten(0, (-1, samples))
-    return torch.where(grouped.isnan(), grouped.nanmean(1, keepdim=True), grouped).flatten(0, 1)
+    _, slot = group.unique(return_inverse=True)
+    scored = ~win_rate.isnan()
+    total, count = (
+        torch.zeros_like(win_rate).index_add(0, slot, x) for x in (win_rate.nan_to_num(0), scored.to(win_rate.dtype))
+    )
+    return torch.where(scored, win_rate, (total / count)[slot])
 
 
-def mean_win_rates(win_rate: Tensor, samples: int) -> Tensor:  # [N, K] -> [K]
-    """E_π[v_k]: the mean over prompts, of those that objective k scores; NaN where there is none."""
-    return without_gaps(win_rate, samples).nanmean(0)
+def mean_win_rates(win_rate: Tensor, group: Tensor) -> Tensor:  # [N, K], [N] -> [K]
+    """E_π[v_k]: the mean over samples of the prompts that objective k scores; NaN where there is none."""
+    return without_gaps(win_rate, group).nanmean(0)
 
 
 class MeasuredDual(MOPODual):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mopo_kernels import InfeasibleThresholds, solve_tabular
-from mopo_trainer.integrations.online import MeasuredDual, mean_win_rates, measured_win_rates, without_gaps
+from mopo_trainer.integrations.online import MeasuredDual, mean_win_rates, measured_win_rates, wins, without_gaps
 
 NAN = math.nan
 
@@ -15,6 +15,7 @@ def test_win_rates_count_the_opponents_of_the_prompt():
     rewards = torch.tensor([[1.0], [2.0], [5.0], [5.0]])
     opponents = torch.tensor([[1.0], [3.0], [9.0], [5.0]])
     assert measured_win_rates(rewards, opponents, 2)[:, 0].tolist() == [0.25, 0.5, 0.25, 0.25]
+    assert wins(2.0, [1.0, 3.0]) == 0.5
     soft = measured_win_rates(rewards, opponents, 2, rating_scale=2.0)
     assert soft[0, 0] == pytest.approx((0.5 + 1 / (1 + math.e)) / 2)
 
@@ -28,7 +29,7 @@ def test_a_monotone_change_of_a_reward_changes_nothing():
 def test_against_itself_every_policy_wins_one_half():
     """Why opponents come from elsewhere: no threshold could bind."""
     rewards = torch.randn(12, 1)
-    assert mean_win_rates(measured_win_rates(rewards, rewards, 6), 6).item() == pytest.approx(0.5)
+    assert mean_win_rates(measured_win_rates(rewards, rewards, 6), torch.arange(12) // 6).item() == pytest.approx(0.5)
 
 
 def test_what_is_not_scored_takes_no_side():
@@ -38,8 +39,10 @@ def test_what_is_not_scored_takes_no_side():
     torch.testing.assert_close(
         win_rate, torch.tensor([[0.5, NAN], [NAN, NAN], [NAN, 0.5], [NAN, 0.5]]).double(), equal_nan=True
     )
-    assert without_gaps(win_rate, 2)[:2, 0].tolist() == [0.5, 0.5]
-    assert mean_win_rates(win_rate, 2).tolist() == [0.5, 0.5]
+    group = torch.tensor([7, 7, 3, 3])
+    assert without_gaps(win_rate, group)[:2, 0].tolist() == [0.5, 0.5]
+    assert mean_win_rates(win_rate, group).tolist() == [0.5, 0.5]
+    assert without_gaps(win_rate[[2, 0, 3, 1]], group[[2, 0, 3, 1]])[3, 0] == 0.5  # in any order
 
 
 def test_what_is_not_scored_moves_nothing():
@@ -76,19 +79,19 @@ def test_sampled_advantages_and_measured_multipliers_solve_the_constrained_probl
     optimizer = torch.optim.SGD([logits], lr=1.0)
     dual = MeasuredDual(["a", "b"], "a", {"b": threshold}, multiplier_lr=0.05)
     policies, multipliers = [], []
-    for step in range(1500):
+    for step in range(1000):
         policy = logits.softmax(0)
         drawn = torch.multinomial(policy.detach(), samples, replacement=True)
         opponents = torch.multinomial(uniform, samples, replacement=True)
         win_rate = measured_win_rates(rewards[drawn], rewards[opponents], samples)
         score = win_rate @ dual.multipliers
-        dual.measure(mean_win_rates(win_rate, samples))
+        dual.measure(mean_win_rates(win_rate, torch.zeros(samples, dtype=int)))
         kl = (policy * (policy / uniform).log()).sum()
         loss = -((score - score.mean()) * policy.log()[drawn]).mean() + tau * kl
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 500:
+        if step >= 400:
             policies.append(policy.detach())
             multipliers.append(dual.multipliers[1].clone())
     torch.testing.assert_close(torch.stack(policies).mean(0), expected.policy, atol=0.02, rtol=0)

@@ -104,12 +104,13 @@ class OnlineMOPO(KeepsDual):
         _check_finite(self._rewards, self.reward_func_names)
         win_rate = measured_win_rates(self._rewards, theirs, samples, self.rating_scale)
         self.reward_weights = self.dual.multipliers.float()
-        mean = mean_win_rates(win_rate, samples)
+        group = torch.arange(len(win_rate), device=win_rate.device) // samples
+        mean = mean_win_rates(win_rate, group)
         self._measured = self.dual.metrics(mean)
         if training:
             self.dual.measure(mean)
         unscorable = win_rate.isnan().all(1, keepdim=True)
-        return without_gaps(win_rate, samples).masked_fill(unscorable, torch.nan).to(self._rewards)
+        return without_gaps(win_rate, group).masked_fill(unscorable, torch.nan).to(self._rewards)
 
     def _opponent_rewards(
         self, inputs: list[dict[str, Any]], rows: list[dict[str, Any]], prompts: list[Any], samples: int
