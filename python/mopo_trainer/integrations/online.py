@@ -75,6 +75,11 @@ def mean_win_rates(win_rate: Tensor, group: Tensor) -> Tensor:  # [N, K], [N] ->
     return without_gaps(win_rate, group).nanmean(0)
 
 
+def scored_groups(win_rate: Tensor, group: Tensor) -> list[int]:  # [N, K], [N] -> K
+    """Of how many prompts each objective scores a sample: what its averages weigh beside those of other batches."""
+    return [len(group[~column.isnan()].unique()) for column in win_rate.T]
+
+
 class MeasuredDual(MOPODual):
     """Multipliers that move by win rates measured on the policy's own samples, not by those that its target implies.
 

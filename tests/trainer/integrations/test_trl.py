@@ -1,7 +1,12 @@
 """MOPO inside TRL's DPOTrainer, against log-probs the plain way: real runs of a tiny model."""
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from peft import LoraConfig
 from tiny import make_pairs, make_tiny_model, plain_logps
 from transformers import AutoModelForCausalLM
 
-from mopo_kernels import InfeasibleThresholds, mopo_objective, solve_dual
+from mopo_kernels import InfeasibleThresholds, label_statistics, mopo_objective, solve_dual
 from mopo_trainer.data import labels, to_groups
 from mopo_trainer.data.errors import DataError
 
@@ -142,11 +147,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, tokenizer, dua
 
 
 def test_evaluation_of_held_out_pairs(folder, tmp_path, tokenizer):
-    held_out = Dataset.from_list([{**row, "preference": {"friendly": 1.0}} for row in make_pairs()[:3]])
-    trainer = make(folder, tmp_path, tokenizer, trainer={"eval_dataset": held_out})
+    """Figures are those of all rows, however they fall into batches."""
+    preferences = [1.0, 1.0, 0.9, 1.0, 0.5]
+    held_out = Dataset.from_list(
+        [{**row, "preference": {"friendly": p}} for row, p in zip(make_pairs(), preferences, strict=False)]
+    )
+    trainer = make(folder, tmp_path, tokenizer, trainer={"eval_dataset": held_out}, per_device_eval_batch_size=4)
     trainer.train()
     found = trainer.evaluate()
-    assert found["eval_win_rate/friendly"] > 0.9
+    chosen = torch.tensor(preferences)[:, None].double()
+    win_rate = torch.stack([chosen, 1 - chosen], 1).flatten(0, 1)
+    expected = label_statistics(win_rate, torch.arange(5).repeat_interleave(2), torch.ones(1).double(), tau=0.1)
+    assert found["eval_win_rate/friendly"] == pytest.approx(expected.values.win_rates.item())
     assert "eval_win_rate/brief" not in found  # no held-out row labels it
     assert trainer.evaluate(held_out)["eval_loss"] == pytest.approx(found["eval_loss"])
 
@@ -318,3 +330,37 @@ def test_what_is_refused(folder, tmp_path, tokenizer):
     trainer = make(folder, tmp_path, tokenizer, rows=ties, trainer={"thresholds": {"brief": 0.6}})
     with pytest.raises(InfeasibleThresholds, match="brief"):
         trainer.train()
+
+
+def in_processes(kind, directory, processes):
+    """What each process of a run found."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(Path(__file__).with_name("trl_run.py")), kind, str(directory)]
+    done = subprocess.run(command, env=environment | {"ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((directory / f"{rank}of{processes}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path, tokenizer):
+    """Losses, logged estimates and multipliers of pairs; five held-out pairs, where the last batch is filled up."""
+    make_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    (one,), two = (in_processes("dpo", tmp_path, processes) for processes in (1, 2))
+    assert two[0]["multipliers"] == two[1]["multipliers"]
+    assert two[0]["multipliers"] == pytest.approx(one["multipliers"], rel=1e-12)
+    for ours, theirs in zip(two[0]["steps"], one["steps"], strict=True):
+        for key in ("loss", "win_rate/friendly", "bound/brief", "slack/brief", "multiplier/brief", "ess", "kl"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-7), key
+    for key in ("eval_win_rate/friendly", "eval_win_rate/brief"):
+        assert two[0]["eval"][key] == pytest.approx(one["eval"][key])
+
+
+@pytest.mark.slow
+def test_two_processes_share_prompts_and_multipliers(tmp_path, tokenizer):
+    """Each samples half of a prompt's four texts, so a group and its opponents are spread over both."""
+    make_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    first, second = in_processes("grpo", tmp_path, 2)
+    assert first["multipliers"] == second["multipliers"]
+    slack = [step["slack/digits"] for step in first["steps"]]
+    assert first["multipliers"][1] == pytest.approx(-0.1 * sum(slack))

@@ -29,6 +29,7 @@ from trl import DPOConfig, DPOTrainer
 from mopo_kernels import MOPODual, MOPOOutput, label_statistics, mopo_objective
 from mopo_trainer.data import labels, objectives, to_groups
 from mopo_trainer.data.errors import DataError
+from mopo_trainer.integrations.online import scored_groups
 from mopo_trainer.integrations.trl.state import KeepsDual
 from mopo_trainer.names import it_has
 
@@ -215,8 +216,7 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
         training, dual = self.model.training, self.dual
         if training:
             self._labels.append((win_rate[group != COPY].cpu(), group[group != COPY].cpu()))
-        one_of_rank = group * self.accelerator.num_processes + self.accelerator.process_index
-        win_rate, group = self.accelerator.gather((win_rate, one_of_rank.where(group != COPY, COPY)))
+        win_rate, group = self._of_all_processes(win_rate, group)
         win_rate, group = win_rate[group != COPY].cpu(), group[group != COPY].cpu()
         found = label_statistics(win_rate, group, dual.multipliers.cpu(), tau=dual.tau, eps=float(dual.eps)).values
         values = {"ess": found.ess.item(), "kl": found.kl.item()}
@@ -227,10 +227,23 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
             if thresholds.get(name, -torch.inf) > -torch.inf:
                 values |= {f"threshold/{name}": thresholds[name]}
                 values |= {f"slack/{name}": values[f"bound/{name}"] - thresholds[name]}
+        counts = dict(zip(dual.objectives, scored_groups(win_rate, group), strict=True))
         metrics = self._metrics["train" if training else "eval"]
         for key, value in values.items():
             if value == value:  # an objective that the batch does not label has no estimate
-                metrics[key].append(value)
+                metrics[key] += [value] * max(1, counts.get(key.partition("/")[2], 1))  # TRL logs the mean of these
+
+    def _of_all_processes(self, win_rate: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        """The labels of every process; in evaluation without the groups that fill up the last batch."""
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return win_rate, group
+        count = len(group.chunk(2)[0].unique_consecutive())  # of groups, all of one size
+        own = (group * accelerator.num_processes + accelerator.process_index).where(group != COPY, COPY)
+        gather = accelerator.gather if self.model.training else accelerator.gather_for_metrics
+        by_group = (x.unflatten(0, (2, count, -1)).transpose(0, 1).contiguous() for x in (win_rate, own))
+        win_rate, group = (gather(x).flatten(0, 2) for x in by_group)
+        return win_rate, group
 
     # ------------------------------------------------------------------------------------------------------- dual
 

@@ -21,7 +21,13 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import nanstd
 
 from mopo_trainer.data.errors import DataError
-from mopo_trainer.integrations.online import MeasuredDual, mean_win_rates, measured_win_rates, without_gaps
+from mopo_trainer.integrations.online import (
+    MeasuredDual,
+    mean_win_rates,
+    measured_win_rates,
+    scored_groups,
+    without_gaps,
+)
 from mopo_trainer.integrations.trl.state import KeepsDual
 
 COLUMN = "opponents"  # of a row: the responses that samples are compared with
@@ -86,6 +92,7 @@ class OnlineMOPO(KeepsDual):
         self.dual = MeasuredDual(self.reward_func_names, primary, thresholds or {}, multiplier_lr)
         self._rewards = torch.empty(0)  # [N, K] of the batch generated last, as the reward functions gave them
         self._measured: dict[str, float] = {}  # of the batch generated last
+        self._scored: dict[str, int] = {}  # prompts of it that a reward function scores
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -107,6 +114,7 @@ class OnlineMOPO(KeepsDual):
         group = torch.arange(len(win_rate), device=win_rate.device) // samples
         mean = mean_win_rates(win_rate, group)
         self._measured = self.dual.metrics(mean)
+        self._scored = dict(zip(self.dual.objectives, scored_groups(win_rate, group), strict=True))
         if training:
             self.dual.measure(mean)
         unscorable = win_rate.isnan().all(1, keepdim=True)
@@ -140,7 +148,7 @@ class OnlineMOPO(KeepsDual):
                 table.pop()
             table.extend(rewards.tolist())
         for key, value in self._measured.items():
-            metrics[key].append(value)
+            metrics[key] += [value] * max(1, self._scored[key.partition("/")[2]])  # TRL logs the mean of these
         return output
 
 
