@@ -73,12 +73,18 @@ def ordinary_text() -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------- statistics
 
 
+@cache
+def resampled(seeds: int, count: int, resamples: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Shares [resamples, seeds] and [resamples, count] of what was drawn anew."""
+    rng = np.random.default_rng(0)
+    sizes = (seeds, count)
+    by_seed, by_prompt = (rng.multinomial(size, np.full(size, 1 / size), resamples) / size for size in sizes)
+    return by_seed, by_prompt
+
+
 def bootstrap(values: NDArray[np.float64], resamples: int = 4000) -> tuple[float, float, float]:
     """Mean of values[seeds, prompts] with its 95% interval, seeds and prompts drawn anew, independently."""
-    rng = np.random.default_rng(0)
-    seeds, count = values.shape
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
-    by_prompt = rng.multinomial(count, np.full(count, 1 / count), resamples) / count
+    by_seed, by_prompt = resampled(*values.shape, resamples)
     means = np.einsum("rs,sp,rp->r", by_seed, values, by_prompt, optimize=True)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
