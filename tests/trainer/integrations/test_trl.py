@@ -318,6 +318,8 @@ def test_what_is_refused(folder, tmp_path, tokenizer):
 
     refused(ValueError, "ld_alpha=0.5 has no meaning", ld_alpha=0.5)
     refused(ValueError, "use_weighting=True has no meaning", use_weighting=True)
+    refused(ValueError, "f_divergence_type=js_divergence has no meaning", f_divergence_type="js_divergence")
+    refused(ValueError, "label_smoothing=0.1 has no meaning", label_smoothing=0.1)
     refused(ValueError, r"loss_type=\['ipo'\] does not name 'mopo' once", loss_type=["ipo"])
     refused(ValueError, "primary names 'kind', which the data does not carry", trainer={"primary": "kind"})
     refused(ValueError, "thresholds names 'short'", trainer={"thresholds": {"short": 0.5}})

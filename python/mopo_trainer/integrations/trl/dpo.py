@@ -339,13 +339,16 @@ def _check_config(config: DPOConfig | None) -> None:
     """Raise ValueError for options that would change what a sequence's log-prob or the reference is."""
     if config is None:
         return
-    refused = {
-        "ld_alpha": "it discounts tokens beyond the shorter response; leave it unset",
-        "use_weighting": "WPO's weights belong to TRL's losses; leave it False",
-        "sync_ref_model": "the labels' weights are relative to the first reference; leave it False",
+    refused: dict[str, tuple[Any, str]] = {
+        "ld_alpha": (None, "it discounts tokens beyond the shorter response; leave it unset"),
+        "use_weighting": (False, "WPO's weights belong to TRL's losses; leave it False"),
+        "sync_ref_model": (False, "the labels' weights are relative to the first reference; leave it False"),
+        "f_divergence_type": ("reverse_kl", "its target policy is that of the KL penalty; leave it 'reverse_kl'"),
     }
-    for name, mend in refused.items():
-        if getattr(config, name):
+    if len(config.loss_type) == 1:  # others of TRL's may need it
+        refused["label_smoothing"] = (0.0, "soft labels are the rows': give P(chosen beats rejected) as `preference`")
+    for name, (default, mend) in refused.items():
+        if getattr(config, name) != default:
             raise ValueError(f"{name}={getattr(config, name)} has no meaning for MOPO's loss: {mend}")
     _losses(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type))
 
