@@ -170,7 +170,7 @@ void gradient_row(const void* row, int64_t columns, const void* bias, const Tran
 constexpr int PIECE = 4;  // vectors whose entries are looked for together: most pieces have none
 
 // One running sum decides for all entries that are smaller than the floor: q is the floor where the sum passes a whole
-// number, else 0.
+// number, else 0. A piece in which it passes none is done with when its sum is known.
 template <class V, class T>
 void sample_row(const void* row, int64_t columns, const void* bias, const Transform& t, const RowSampling& of_row) {
     using scalar = typename V::scalar;
@@ -180,12 +180,16 @@ void sample_row(const void* row, int64_t columns, const void* bias, const Transf
     const LogitTransform<V> transform(bias, t);
     const Shift<V> shift(of_row.lse);
     const scalar floor = static_cast<scalar>(of_row.floor);
-    const auto floors = V::set(floor), inverse = V::set(scalar(1) / floor), zero = V::set(0);
+    const auto floors = V::set(floor), inverse = V::set(scalar(1) / floor);
     double running = *of_row.running, next = std::floor(running) + 1;
     int64_t count = *of_row.count;
-    alignas(64) scalar z[CHUNK], p[SIZE];
-    alignas(64) double steps[SIZE];  // t on the grid, 0 where p >= floor
+    alignas(64) scalar probability[CHUNK];
 
+    // t on the grid, and `exact` in the place of an entry >= floor.
+    const auto steps_of = [&](const scalar* p, scalar exact) {
+        const auto of_vector = V::load(p);
+        return V::on_grid(V::select_less(of_vector, floors, V::mul(of_vector, inverse), V::set(exact)));
+    };
     const auto append = [&](int64_t column, scalar q) {
         if (count == of_row.capacity) return;
         const auto one = [](auto) { return V::set(1); };
@@ -195,36 +199,36 @@ void sample_row(const void* row, int64_t columns, const void* bias, const Transf
         of_row.columns[count] = static_cast<int32_t>(of_row.first_column + column);
         static_cast<scalar*>(of_row.values)[count++] = slope[0] * q;
     };
+    const auto append_piece = [&](const scalar* p, int64_t first, int size) {
+        alignas(64) double steps[SIZE];
+        for (int i = 0; i < size; i += V::width) V::store(steps + i, steps_of(p + i, 0));
+        for (int i = 0; i < size; ++i) {
+            running += steps[i];
+            const bool is_exact = p[i] >= floor, is_step = running >= next;
+            if (is_step) next += 1;
+            if (is_step || is_exact || first + i == of_row.target)
+                append(first + i, is_exact ? p[i] : is_step ? floor : scalar(0));
+        }
+    };
     for (int64_t first = 0; first < columns; first += CHUNK) {
         const int chunk = static_cast<int>(columns - first < CHUNK ? columns - first : CHUNK);
-        transform_chunk<V>(x, first, chunk, transform, z);
+        transform_chunk<V>(x, first, chunk, transform, probability);
+        for (int i = 0; i < chunk; i += V::width) {  // alone, so that no vector's exp waits behind another's sum
+            const auto z = V::load(probability + i);
+            V::store(probability + i, V::exp(V::sub(V::sub(z, shift.high), shift.low)));
+        }
         for (int begin = 0; begin < chunk; begin += SIZE) {
             const int size = chunk - begin < SIZE ? chunk - begin : SIZE;
-            auto largest = zero;
-            auto sum = V::on_grid(zero);
-            for (int i = 0; i < size; i += V::width) {
-                const auto probability = V::exp(V::sub(V::sub(V::load(z + begin + i), shift.high), shift.low));
-                const auto step =
-                    V::on_grid(V::select_less(probability, floors, V::mul(probability, inverse), zero));
-                V::store(p + i, probability);
-                V::store(steps + i, step);
-                sum = V::add(sum, step);
-                largest = V::max(largest, probability);
-            }
+            const scalar* p = probability + begin;
+            auto sum = V::on_grid(V::set(0));
+            // An entry >= floor counts for so much that the sum passes a whole number.
+            for (int i = 0; i < size; i += V::width) sum = V::add(sum, steps_of(p + i, 1 << 20));
             const double after = running + V::sum(sum);
             const int64_t target = of_row.target - first - begin;
-            const bool has_target = target >= 0 && target < size;
-            if (after < next && V::max(largest) < floor && !has_target) {
+            if (after < next && (target < 0 || target >= size))
                 running = after;
-                continue;
-            }
-            for (int i = 0; i < size; ++i) {
-                running += steps[i];
-                const bool is_step = running >= next;
-                if (is_step) next += 1;
-                if (is_step || p[i] >= floor || i == target)
-                    append(first + begin + i, p[i] >= floor ? p[i] : is_step ? floor : scalar(0));
-            }
+            else
+                append_piece(p, first + begin, size);
         }
     }
     *of_row.running = running;
@@ -245,10 +249,16 @@ void sum_of_rows(const RowSum& sum) {
     auto* total = static_cast<scalar*>(sum.total);
     std::memset(total, 0, columns * sizeof(scalar));
     for (int64_t j = 0; j < sum.count; ++j) {
-        const T* row = static_cast<const T*>(matrix.data) + sum.rows[j] * matrix.row_stride;
+        const auto row_at = [&](int64_t entry) {
+            return static_cast<const T*>(matrix.data) + sum.rows[entry] * matrix.row_stride;
+        };
+        const T* row = row_at(j);
+        const T* next = row_at(j + 1 < sum.count ? j + 1 : j);
         const auto value = V::set(static_cast<const scalar*>(sum.values)[j]);
-        for (int64_t i = 0; i < whole; i += V::width)
+        for (int64_t i = 0; i < whole; i += V::width) {
+            __builtin_prefetch(next + i);
             V::store(total + i, V::fma(value, V::load(row + i), V::load(total + i)));
+        }
         if (rest)
             V::store(total + whole, V::fma(value, V::load(row + whole, rest, 0), V::load(total + whole, rest, 0)), rest);
     }

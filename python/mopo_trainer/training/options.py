@@ -93,5 +93,12 @@ class MOPOOptions:
     reference_cache_dir: str | None = field(
         default=None, metadata={"help": "Where reference log-probs are kept; default <output_dir>/reference."}
     )
+    grad_sampling: float | None = field(
+        default=None,
+        metadata={
+            "help": "ε in (0, 1): round the LM head's gradient at random to at most 1/ε + 2 entries a row, unbiased "
+            "(try 0.0156; docs/sampling.md says when it pays). Default: exact."
+        },
+    )
     workspace_bytes: int | None = field(default=None, metadata={"help": "Bound on the LM head's temporary memory."})
     backend: str | None = field(default=None, metadata={"help": "Force a kernel backend; see `mopo doctor`."})

@@ -165,6 +165,7 @@ class MOPOTrainer(Trainer):
                     index=None if step.index is None else step.index.to(device),
                     backend=args.backend,
                     workspace_bytes=args.workspace_bytes,
+                    grad_sampling=args.grad_sampling,
                 )
         loss = output.loss
         if self.scoring.router_weight and forward.router_loss is not None:
@@ -189,6 +190,11 @@ class MOPOTrainer(Trainer):
         """How this model's log-probabilities are computed, and whether its prompts can be shared."""
         plain = self.accelerator.unwrap_model(self.model)
         scoring = probe_scoring(plain, self.train_groups.longest_group()[-1][0], scoring)
+        if scoring.transform is None and self.args.grad_sampling is not None:
+            raise ValueError(
+                f"grad_sampling={self.args.grad_sampling} needs a plain LM head, and this model's logits are its own; "
+                "leave it unset"
+            )
         return replace(scoring, share_prompt=self.args.share_prompt and self._can_share(self.train_groups, scoring))
 
     def _can_share(self, groups: TokenizedGroups, scoring: Scoring) -> bool:

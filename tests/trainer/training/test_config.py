@@ -29,6 +29,7 @@ def test_command_line(tmp_path):
         ({"eps": "-1"}, "eps='-1' must be a number"),
         ({"eps": "wide"}, "eps='wide' must be a number"),
         ({"min_weight": 1.0}, "min_weight=1.0 must lie in"),
+        ({"grad_sampling": 1.0}, "grad_sampling=1.0 must lie in"),
         ({"ratchet_beta": 1.1}, "ratchet_beta=1.1 must lie in"),
         ({"lag_steps": 0}, "lag_steps=0 must be at least 1"),
         ({"remove_unused_columns": True}, "it would drop the labels"),

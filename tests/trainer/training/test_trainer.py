@@ -398,7 +398,7 @@ def test_options_reach_the_head(tmp_path, tiny_model, tokenizer, pairs, monkeypa
             name,
             lambda *args, _name=name, _call=call, **k: seen.update({_name: k}) or _call(*args, **k),
         )
-    head = {"backend": "reference", "workspace_bytes": 12345}
+    head = {"backend": "reference", "workspace_bytes": 12345, "grad_sampling": 0.1}
     options = {"share_prompt": True, "per_device_eval_batch_size": 3, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = make(tmp_path / "run", tiny_model, tokenizer, pairs, policy_step="contrast", **head, **options)
     trainer.start_dual()
