@@ -46,7 +46,7 @@ X86_FLAGS = {
     ],
 }
 
-CUDA_SOURCES = ["csrc/cuda/fold.cu", "csrc/cuda/batch.cu"]
+CUDA_SOURCES = ["csrc/cuda/fold.cu", "csrc/cuda/sample.cu", "csrc/cuda/batch.cu"]
 CUDA_ARCHS = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 NVCC_FLAGS = [
     *("-O3", "-std=c++17"),

@@ -92,8 +92,8 @@ inline Matrix matrix_of(const Tensor& data, std::pair<int64_t, int64_t> shape, i
 }
 
 // The values' dtype, as that of what they were drawn from or are multiplied with asks for it.
-inline void check_values(const Samples& samples, DType dtype) {
-    if ((samples.dtype == DType::float64) != (dtype == DType::float64))
+inline void check_values(DType values, DType dtype) {
+    if (values != (dtype == DType::float64 ? DType::float64 : DType::float32))
         throw std::invalid_argument("values of samples are float64 beside float64 and float32 beside what is narrower");
 }
 
@@ -103,15 +103,21 @@ inline Sampling sampling_of(const Tile& tile, const Samples& samples, const std:
     if (samples.rows != tile.rows) throw std::invalid_argument("tile and samples differ in rows");
     if (!(floor > 0 && floor < 1)) throw std::invalid_argument("the floor lies between 0 and 1");
     check_rows(tile.rows, per_row);
-    check_values(samples, tile.dtype);
+    check_values(samples.dtype, tile.dtype);
     return {pointer<const double>(per_row[0]), pointer<double>(per_row[1]), floor};
+}
+
+// Of values with rows of a matrix.
+inline void check_product(DType values, const Matrix& matrix, const Matrix& out) {
+    check_values(values, matrix.dtype);
+    if (matrix.dtype != out.dtype) throw std::invalid_argument("a product has the dtype of its matrix");
+    if (matrix.columns != out.columns) throw std::invalid_argument("sizes of matrix and product do not fit");
 }
 
 // Of samples with a matrix that has a row for each column of theirs, or (transposed) for each row of theirs.
 inline void check_product(const Samples& samples, const Matrix& matrix, const Matrix& out, bool transposed) {
-    check_values(samples, matrix.dtype);
-    if (matrix.dtype != out.dtype) throw std::invalid_argument("a product has the dtype of its matrix");
-    if (matrix.columns != out.columns || samples.rows != (transposed ? matrix : out).rows)
+    check_product(samples.dtype, matrix, out);
+    if (samples.rows != (transposed ? matrix : out).rows)
         throw std::invalid_argument("sizes of samples, matrix and product do not fit");
 }
 

@@ -1,7 +1,7 @@
 """CPU and CUDA backends: the contracts `fold.py` and `batch.py` in C++ (csrc), called with addresses, sizes, strides.
 
-The two extension modules have the same functions. What they are called with differs in two places: `queue` is a number
-of threads on a CPU and a stream on a GPU, and a GPU's kernels ask for working memory.
+The two extension modules have the same functions, but for the products of samples. What they are called with differs in
+two places: `queue` is a number of threads on a CPU and a stream on a GPU, and a GPU's kernels ask for working memory.
 
 On a CPU the instruction set (AVX-512, AVX2 or portable code) is the best that there is; the environment variable
 MOPO_CPU_ISA = avx512 | avx2 | portable asks for another one.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mopo_kernels.backends.batch import Labels, LabelValues
 from mopo_kernels.backends.fold import Samples, Statistics, Tile
+from mopo_kernels.backends.lists import Lists, lists_of_columns, lists_of_rows
 
 try:
     from mopo_kernels import _cpu
@@ -52,7 +53,7 @@ DTYPE_NAMES = {
 
 
 class Native:
-    """A backend over one of the extension modules."""
+    """A backend over one of the extension modules, the CPU's as it stands."""
 
     def __init__(self, module: Any, unavailable: str, queue: Callable[[Tensor], Any]) -> None:
         self.module, self.UNAVAILABLE = module, unavailable
@@ -136,6 +137,21 @@ class Native:
         return self.module.Matrix(_typed(x), tuple(x.shape), x.stride(0))
 
 
+class Cuda(Native):
+    """The products of samples are sums of rows that torch lists: it has the sort."""
+
+    def sample_hidden(self, samples: Samples, weight: Tensor, out: Tensor) -> None:
+        self._sum_rows(lists_of_rows(samples), weight, out)
+
+    def sample_weight(self, samples: Samples, hidden: Tensor, out: Tensor) -> None:
+        self._sum_rows(lists_of_columns(samples, len(out)), hidden, out)
+
+    def _sum_rows(self, lists: Lists, matrix: Tensor, out: Tensor) -> None:
+        addresses = _addresses(lists.start, lists.stop, lists.source_row)
+        with self._queue(out) as queue:
+            self.module.sum_rows(addresses, _typed(lists.value), self._matrix(matrix), self._matrix(out), queue)
+
+
 @contextmanager
 def _threads(x: Tensor) -> Iterator[int]:
     yield torch.get_num_threads()
@@ -164,7 +180,7 @@ def _typed(x: Tensor) -> tuple[int, str]:
 
 
 cpu = Native(_cpu, NO_CPU, _threads)
-cuda = Native(_cuda, NO_CUDA, _stream)
+cuda = Cuda(_cuda, NO_CUDA, _stream)
 
 
 # --------------------------------------------------------------------------------------------------------- what is here

@@ -13,6 +13,7 @@ from golden_cases import golden, tensor
 from hypothesis import given, settings
 from test_batch import SUMS
 
+from mopo_kernels import backends
 from mopo_kernels.backends import reference
 from mopo_kernels.backends.fold import Tile
 from mopo_kernels.backends.native import cuda
@@ -76,6 +77,45 @@ def test_rows_that_do_not_count_are_skipped_or_become_zero(columns, dtype):
 
 def test_long_rows_of_one_block():
     fold_contract.check_long_rows_of_one_block(cuda, "cuda", 151936)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    **fold_contract.sampled_strategies(
+        rows=9, widths=[1, 2, 3, 7, 8, 9, 15, 17, 33, 255, 1000, 4095, 4097, 8193, 50257]
+    ),
+)
+def test_samples_of_ragged_tiles_at_any_alignment(**case):
+    fold_contract.check_samples(cuda, "cuda", **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_sampling_is_unbiased(dtype, transform):
+    fold_contract.check_sampling_is_unbiased(cuda, "cuda", dtype, transform)
+
+
+def test_extreme_samples():
+    fold_contract.check_extreme_samples(cuda, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [{}, {"rows": 3000, "vocab": 50257, "width": 1500, "capacity": 67}])
+def test_products_of_samples(dtype, sizes):
+    fold_contract.check_sample_products(cuda, "cuda", dtype, **sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_backends_draw_the_same_samples_but_for_their_exponentials(dtype):
+    """A step that differs is next to the other one: hardly any do."""
+    logits = (torch.randn(64, 50257, generator=torch.Generator().manual_seed(0)) * 2).to("cuda", dtype)
+    target = torch.arange(64, device="cuda") * 700
+    lse = exact_fold(logits, target, torch.zeros(64, device="cuda").double(), TRANSFORMS[0])[0]
+    uniform = fold_contract.on_grid(torch.rand(64, dtype=torch.float64)).cuda()
+    arguments = (logits, target, lse, uniform, 2.0**-6, TRANSFORMS[0], None, [50257])
+    drawn = (fold_contract.fold_sample(fold, *arguments)[0] for fold in (cuda, backends.fold("triton")))
+    ours, others = (fold_contract.dense(samples, 50257)[1] for samples in drawn)
+    assert (ours & others).sum() >= 0.98 * (ours | others).sum()
 
 
 def test_more_than_2_to_the_32_logits():

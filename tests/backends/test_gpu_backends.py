@@ -112,6 +112,28 @@ def test_the_loss_and_its_gradients(backend, policy_step, workspace):
         assert relative_error(got.nan_to_num(), truth.nan_to_num()) <= bound
 
 
+@pytest.mark.parametrize(
+    ("reduction", "workspace"),
+    [pytest.param("none", 20_000, id="per row, streamed"), pytest.param("sum", None, id="the sum, resident")],
+)
+def test_sampled_gradients_are_those_of_the_reference(backend, reduction, workspace):
+    """Of the same random numbers; a step that rounding moves goes to the next token."""
+    if backend == "cut":
+        pytest.skip("the cut kernels have no logits to draw from")
+    inputs, target = inputs_of(37, 24, 300, with_bias=True)
+    results = []
+    for name in (backend, "reference"):
+        torch.manual_seed(3)
+        logp = linear_logprob(
+            *(*inputs[:2], target),
+            **{"bias": inputs[2], "reduction": reduction, "grad_sampling": 2.0**-4, "backend": name},
+            workspace_bytes=None if name == "reference" else workspace,
+        )
+        results.append([logp.detach(), *torch.autograd.grad(logp.sum(), inputs)])
+    for got, truth, bound in zip(*results, (2e-6, *[5e-2] * 3), strict=True):
+        assert relative_error(got, truth) <= bound
+
+
 def test_a_frozen_head_has_no_gradient(backend):
     (hidden, weight, _), target = inputs_of(20, 16, 150)
     upstream = torch.randn(20, device=DEVICE)

@@ -131,12 +131,12 @@ def fold_sample(tile: Tile, lse: Tensor, running: Tensor, floor: float, samples:
 
 @triton.jit
 def sum_rows_kernel(
+    source,  # [S, H]
+    out,  # [I, H]
     start,  # [I]
     stop,  # [I]
     source_row,  # [E]
     value,  # [E]
-    source,  # [S, H]
-    out,  # [I, H]
     source_stride: tl.int64,
     out_stride: tl.int64,
     hidden_size: tl.int64,

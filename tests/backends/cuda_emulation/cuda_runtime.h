@@ -151,13 +151,35 @@ inline void run_block(unsigned threads, Order order) {
 inline void __syncthreads() { emulation::pause(emulation::State::at_block_barrier); }
 inline void __syncwarp() { emulation::pause(emulation::State::at_warp_barrier); }
 
-inline double __shfl_xor_sync(unsigned, double x, int lanes) {
-    emulation::exchanged[threadIdx.x] = x;
+// What the lane `from` has, which every lane of the warp asks for at once.
+template <class T>
+T __shfl_sync(unsigned, T x, int from) {
+    static_assert(sizeof(T) == sizeof(double));
+    const unsigned first = threadIdx.x / emulation::WARP * emulation::WARP;
+    std::memcpy(&emulation::exchanged[threadIdx.x], &x, sizeof(T));
     __syncwarp();
-    const double other = emulation::exchanged[threadIdx.x ^ static_cast<unsigned>(lanes)];
+    T other;
+    std::memcpy(&other, &emulation::exchanged[first + static_cast<unsigned>(from) % emulation::WARP], sizeof(T));
     __syncwarp();
     return other;
 }
+
+template <class T>
+T __shfl_xor_sync(unsigned lanes, T x, int mask) {
+    return __shfl_sync(lanes, x, static_cast<int>(threadIdx.x % emulation::WARP) ^ mask);
+}
+
+// Lanes that have none so far below them keep their own.
+template <class T>
+T __shfl_up_sync(unsigned lanes, T x, int below) {
+    const int lane = static_cast<int>(threadIdx.x % emulation::WARP);
+    return __shfl_sync(lanes, x, lane < below ? lane : lane - below);
+}
+
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline long long __float2ll_rn(float x) { return std::llrint(x); }
+inline long long __double2ll_rn(double x) { return std::llrint(x); }
 
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
