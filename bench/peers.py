@@ -71,6 +71,31 @@ def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, target)
 
 
+def liger_sm90(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops import liger_fused_linear_cross_entropy_sm90
+
+    return liger_fused_linear_cross_entropy_sm90(hidden, weight, target, reduction="sum")
+
+
+def liger_sm100(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops import LigerFusedLinearCrossEntropyFunction
+
+    options = (None, None, -100, 0.0, 0.0, "sum")  # bias, class weights, ignore_index, z-loss, smoothing, reduction
+    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target, *options)[0]
+
+
+def liger_scaled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target).sum()
+
+
+def quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, weight, target, reduction="sum")
+
+
 def heads(*, compiler: str = "inductor") -> dict[str, Loss]:
     """What runs on any device."""
     return {
@@ -82,10 +107,14 @@ def heads(*, compiler: str = "inductor") -> dict[str, Loss]:
 
 
 CPU_HEADS = {"CCE torch_compile": cce(impl="torch_compile")}
-GPU_HEADS = {  # Triton; CCE leaves out small gradients unless told otherwise, so it enters twice
+GPU_HEADS = {  # CCE leaves out small gradients unless told otherwise, so it enters twice
     "CCE": cce(filter_eps="high"),
     "CCE, all gradients": cce(filter_eps=None),
-    "Liger": liger,
+    "Liger": liger,  # Triton
+    "Liger SM90": liger_sm90,  # CuTe DSL, for one architecture each
+    "Liger SM100": liger_sm100,
+    "Liger scaled": liger_scaled,  # per row; CuTe DSL on Hopper, else plain torch
+    "QuACK": quack,  # CuTe DSL; on Hopper by its scaled exponentials
 }
 OURS = {  # with the sum asked for, so that coefficients are known beforehand, and per row; in 64 MiB and in 512
     "mopo, sum": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum"),

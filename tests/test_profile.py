@@ -34,6 +34,8 @@ def prepare(name, sizes, backend=None):
         ("mopo_loss", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
         ("linear_logprob", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
         ("linear_logprob_rows", 3 * PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
+        ("linear_logprob_sampled", PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
+        ("mopo_loss_sampled", PRODUCT, 2 * (2 * 30 + 2 * 21) + 12 * 10),
         ("frozen_head", 2 * PRODUCT, 2 * (2 * 30 + 21) + 12 * 10),
         ("linear_logprob_forward", PRODUCT, 2 * (30 + 21) + 12 * 10),
         ("token_logprob", 0, 2 * 70 + 12 * 10),

@@ -5,7 +5,15 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from bench.gpu.verdict import best_blocks, gradient_bytes, roofline_fraction
+from bench.gpu.verdict import (
+    best_blocks,
+    copy_ceiling,
+    fastest_peer,
+    gemm_ceiling,
+    gradient_bytes,
+    roofline_fraction,
+    sampled_terms,
+)
 
 Table = list[list[str]]
 
@@ -22,6 +30,8 @@ def markdown(report: dict[str, Any]) -> str:
         _table([["", "rate"], *_ceilings(results)]),
         "## Times",
         *_times(results),
+        "## Sampled gradients",
+        _table([["N, H, V", "ms", "derived", "exact", "fastest peer", ""], *_sampled(results)]),
         "## Label statistics",
         _table([["backend", "launches", "µs on the device"], *_launches(results)]),
         "## Block sizes of the cut kernels",
@@ -81,6 +91,19 @@ def _times(results: list[dict[str, Any]]) -> list[str]:
         n, h, v = sizes
         sections += [f"### N = {n}" + (f", H = {h}, V = {v}" if v > 1 else ""), _table([header, *rows])]
     return sections or ["Nothing was timed."]
+
+
+def _sampled(results: list[dict[str, Any]]) -> Table:
+    """linear_logprob's sum: sampled as measured, as derived from the ceilings, exact, and the fastest peer."""
+    gemm, copied, rows = gemm_ceiling(results), copy_ceiling(results), []
+    times = {(r["name"], *r["sizes"]): r.get("seconds") for r in results if r["kind"] == "time"}
+    for (name, *sizes), seconds in times.items():
+        if name == "linear_logprob_sampled":
+            derived = sum(sampled_terms(tuple(sizes), gemm, copied)) if gemm and copied else None
+            peer = fastest_peer(results, sizes)
+            found = [seconds, derived, times.get(("linear_logprob", *sizes)), peer and peer["seconds"]]
+            rows.append([", ".join(map(str, sizes)), *map(_milliseconds, found), peer["name"] if peer else ""])
+    return rows
 
 
 def _memory(result: dict[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from mopo_kernels.measure.timeline import lines_of, trace
 from mopo_kernels.measure.workloads import WORKLOADS, Sizes, backward_alone, labels_of
 
 DTYPE = torch.bfloat16
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "pytest")
+PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy", "trl", "pytest")
 TOLERANCE = 1e-2  # relative, between block sizes: they differ by roundings of 16 bits
 
 
@@ -186,6 +186,8 @@ def heads(step: str, device: torch.device, extent: Extent) -> Iterator[dict[str,
             *ours("mopo_loss", None, "triton", "cut"),
             *ours("linear_logprob", None, "triton", "cut"),
             *ours("linear_logprob_rows", None),
+            *ours("mopo_loss_sampled", None, "triton"),
+            *ours("linear_logprob_sampled", None, "triton"),
             *ours("linear_logprob_forward", None, "cut"),
             *ours("frozen_head", None, "cut"),
             *(Contestant(name, "linear_logprob", harness.pass_of(loss)) for name, loss in losses.items()),

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 
 Result = dict[str, Any]
 
-PEERS = ("CCE", "CCE, all gradients", "Liger")
+PEERS = (
+    *("CCE", "CCE, all gradients", "Liger", "Liger SM90", "Liger SM100", "Liger scaled", "QuACK"),
+    *("torch linear_cross_entropy", "TRL ChunkedLogProbFunction"),
+)
+ENTRIES = 20  # of a row sampled at 2^-6: 19.5 of SmolLM2's on human dialogues; 65 where logits are flat and random
 
 
 class Goal(NamedTuple):
@@ -25,15 +29,16 @@ class Goal(NamedTuple):
 def goals(results: list[Result], *, dry_run: bool) -> list[Goal]:
     """Each is judged where it is furthest from being reached."""
     gemm, copied = gemm_ceiling(results), copy_ceiling(results)
-    clone_step = _shares(results, "mopo_loss", "flops", gemm)
+    clone_step = _shares_of_products(results, "mopo_loss")
     cut_forward = _shares(results, "linear_logprob_forward, cut", "flops", gemm)
     found = [
-        _least("clone step ≥ 85% of the GEMM ceiling at 6·N·H·V", 0.85, clone_step),
+        _least("clone step ≥ 95% of the three products together", 0.95, clone_step),
         _least("cut forward ≥ 80% of the GEMM ceiling at 2·N·H·V", 0.80, cut_forward),
         _least("token_logprob ≥ 90% of copy bandwidth", 0.90, _shares(results, "token_logprob", "bytes", copied)),
         _label_statistics(results),
         _memory(results),
         _against_peers(results),
+        _sampled_against_peers(results),
     ]
     return [Goal(goal.goal, "dry run", "dry run") for goal in found] if dry_run else found
 
@@ -59,6 +64,35 @@ def gradient_bytes(result: Result, itemsize: int = 2) -> int:
     """Gradients of hidden and weight as they are returned, and weight's as it is summed, in float32."""
     n, h, v = result["sizes"]
     return (n + v) * h * itemsize + v * h * 4
+
+
+class SampledTerms(NamedTuple):
+    """Seconds of a head's sum with sampled gradients, forward and backward, kernel by kernel; derived, not measured."""
+
+    logits: float  # the one product
+    folds: float  # logits written by it, read for the statistics, read for the samples
+    grad_hidden: float  # a row of the weight read for each entry, the gradient written
+    grad_weight: float  # a row of hidden read for each entry, the gradient written
+
+
+def sampled_terms(
+    sizes: tuple[int, int, int], gemm: float, copied: float, *, entries: float = ENTRIES, itemsize: int = 2
+) -> SampledTerms:
+    """At a GPU's rates of products and copies. Sorting the entries, some hundred bytes each, is left out."""
+    n, h, v = sizes
+    gathered = n * entries * h * itemsize
+    return SampledTerms(
+        logits=2.0 * n * h * v / gemm,
+        folds=3.0 * n * v * itemsize / copied,
+        grad_hidden=(gathered + n * h * itemsize) / copied,
+        grad_weight=(gathered + v * h * itemsize) / copied,
+    )
+
+
+def fastest_peer(results: list[Result], sizes: list[int]) -> Result | None:
+    """Of those that ran at these sizes."""
+    times = (r for name in PEERS for r in _times(results, name) if r["sizes"] == sizes)
+    return min(times, key=lambda r: r["seconds"], default=None)
 
 
 def rates_entry(results: list[Result]) -> dict[str, float] | None:
@@ -110,6 +144,13 @@ def _shares(results: list[Result], name: str, of: str, ceiling: float | None) ->
     return {_at(r): r[of] / ceiling / r["seconds"] for r in _times(results, name)} if ceiling else {}
 
 
+def _shares_of_products(results: list[Result], name: str) -> dict[str, float]:
+    """Of the rate of an LM head's three products with nothing between them."""
+    rates = {tuple(r["sizes"]): r["flops_per_second"] for r in results if r["kind"] == "products"}
+    times = [r for r in _times(results, name) if tuple(r["sizes"][1:]) in rates]
+    return {_at(r): r["flops"] / rates[tuple(r["sizes"][1:])] / r["seconds"] for r in times}
+
+
 def _label_statistics(results: list[Result]) -> Goal:
     goal = "label_statistics: one launch, < 15 µs at B = 64"
     found = [r for r in results if r["kind"] == "launches" and "launches" in r]
@@ -138,15 +179,27 @@ def _memory(results: list[Result]) -> Goal:
 
 
 def _against_peers(results: list[Result]) -> Goal:
-    goal = "never slower than CCE or Liger"
-    ours = {_at(r): r["seconds"] for r in _times(results, "linear_logprob")}
-    peers = [r for name in PEERS for r in _times(results, name) if _at(r) in ours]
-    ratios = {f"{r['name']} at {_at(r)}": r["seconds"] / ours[_at(r)] for r in peers}
+    return _ratio_to_peers(results, "linear_logprob never slower than a peer", "linear_logprob", 1.0)
+
+
+def _sampled_against_peers(results: list[Result]) -> Goal:
+    goal = "sampled ≤ 0.5 × the fastest peer's time"
+    return _ratio_to_peers(results, goal, "linear_logprob_sampled", 0.5)
+
+
+def _ratio_to_peers(results: list[Result], goal: str, name: str, most: float) -> Goal:
+    """Our time over that of the fastest peer, at the size where it is largest."""
+    ratios = {
+        f"{peer['name']} at {_at(peer)}": r["seconds"] / peer["seconds"]
+        for r in _times(results, name)
+        if (peer := fastest_peer(results, r["sizes"])) is not None
+    }
     if not ratios:
         return _not_measured(goal)
-    worst = min(ratios, key=ratios.__getitem__)
-    measured = f"linear_logprob is {ratios[worst]:.2f} × as fast as {worst}, the closest"
-    return Goal(goal, measured, _met(ratios[worst] >= 1))
+    worst = max(ratios, key=ratios.__getitem__)
+    absent = [peer for peer in PEERS if not _times(results, peer)]
+    measured = f"{ratios[worst]:.2f} × the time of {worst}" + f"; without {', '.join(absent)}" * bool(absent)
+    return Goal(goal, measured, _met(ratios[worst] <= most))
 
 
 def _times(results: Iterable[Result], name: str) -> list[Result]:

@@ -17,6 +17,8 @@ OPS = {  # of workloads.py
     "mopo_loss": "clone step of mopo_loss, forward and backward",
     "linear_logprob": "forward and backward of the sum",
     "linear_logprob_rows": "forward and backward of each row's",
+    "linear_logprob_sampled": "forward and backward of the sum, gradients sampled at 2^-6",
+    "mopo_loss_sampled": "clone step of mopo_loss, gradients sampled at 2^-6",
     "linear_logprob_forward": "no gradients, as for a reference model",
     "frozen_head": "linear_logprob where hidden alone needs a gradient (LoRA)",
     "token_logprob": "from logits, forward",

@@ -6,6 +6,8 @@ With N rows, hidden size H, vocabulary V and s bytes an element:
     mopo_loss               6·N·H·V   2·(N + V)·H·s      hidden and weight read, both gradients written
     linear_logprob          6·N·H·V   2·(N + V)·H·s      its sum
     linear_logprob_rows     6·N·H·V   2·(N + V)·H·s      each row's, whose gradients nobody knows in the forward
+    linear_logprob_sampled  2·N·H·V   2·(N + V)·H·s      its sum with gradients sampled at GRAD_SAMPLING
+    mopo_loss_sampled       2·N·H·V   2·(N + V)·H·s      the same of mopo_loss
     linear_logprob_forward  2·N·H·V   (N + V)·H·s
     frozen_head             4·N·H·V   (2·N + V)·H·s      hidden's gradient alone
     token_logprob           0         N·V·s              logits read once
@@ -13,7 +15,7 @@ With N rows, hidden size H, vocabulary V and s bytes an element:
     sequence_sums           0         12·N               log-probabilities and targets read
     label_statistics        0         of N responses: labels read, results written
 
-and 12·N bytes of targets and log-probabilities more for the first seven.
+and 12·N bytes of targets and log-probabilities more for the first nine.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,6 +41,7 @@ from mopo_kernels.objective.target import label_statistics
 TAU = 0.08
 EPS = 0.01
 OBJECTIVES = 4
+GRAD_SAMPLING = 2.0**-6
 
 
 class Sizes(NamedTuple):
@@ -113,7 +117,9 @@ def head_inputs(sizes: Sizes) -> tuple[Tensor, ...]:
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(v, (n,), device=device)
 
 
-def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
+def _clone_step(
+    backend: str | None, hidden: Tensor, weight: Tensor, target: Tensor, grad_sampling: float | None = None
+) -> Run:
     """A group of two responses that tie, so that every row counts."""
     if len(target) % 2 != 0:
         raise ValueError(f"mopo_loss needs an even number of rows, two responses of as many tokens; got {len(target)}")
@@ -123,15 +129,15 @@ def _clone_step(backend: str | None, hidden: Tensor, weight: Tensor, target: Ten
 
     def forward() -> Tensor:
         pair = hidden.unflatten(0, (2, -1)), weight, target.unflatten(0, (2, -1))
-        return mopo_loss(*pair, *labels, multipliers, tau=TAU, backend=backend).loss
+        return mopo_loss(*pair, *labels, multipliers, tau=TAU, backend=backend, grad_sampling=grad_sampling).loss
 
     return forward_and_backward(forward, hidden, weight)
 
 
-def _both_passes(reduction: Literal["none", "sum"]) -> Callable[..., Run]:
+def _both_passes(reduction: Literal["none", "sum"], grad_sampling: float | None = None) -> Callable[..., Run]:
     def bind(backend: str | None, *inputs: Tensor) -> Run:
         def forward() -> Tensor:
-            return linear_logprob(*inputs, reduction=reduction, backend=backend).sum()
+            return linear_logprob(*inputs, reduction=reduction, grad_sampling=grad_sampling, backend=backend).sum()
 
         return forward_and_backward(forward, *inputs[:2])
 
@@ -216,6 +222,12 @@ WORKLOADS = {
     "mopo_loss": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _clone_step),
     "linear_logprob": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _both_passes("sum")),
     "linear_logprob_rows": Workload("linear_logprob", _products(3, 2, 2), head_inputs, _both_passes("none")),
+    "linear_logprob_sampled": Workload(
+        "linear_logprob", _products(1, 2, 2), head_inputs, _both_passes("sum", GRAD_SAMPLING)
+    ),
+    "mopo_loss_sampled": Workload(
+        "linear_logprob", _products(1, 2, 2), head_inputs, partial(_clone_step, grad_sampling=GRAD_SAMPLING)
+    ),
     "linear_logprob_forward": Workload("linear_logprob", _products(1, 1, 1), head_inputs, _linear_logprob_forward),
     "frozen_head": Workload("linear_logprob", _products(2, 2, 1), head_inputs, _frozen_head),
     "token_logprob": Workload("token_logprob", _logit_bytes(1), _logits, _token_logprob),
