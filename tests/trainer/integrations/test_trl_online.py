@@ -128,6 +128,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, folder, tmp_path, tokenize
     other = make(kind, folder, tmp_path / "other", tokenizer, trainer={"thresholds": {"digits": 0.5}})
     with pytest.raises(ValueError, match="other thresholds"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    file = tmp_path / "checkpoint-2" / "mopo_state.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"its mopo_state\.safetensors is damaged"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_evaluation_measures_and_moves_nothing(folder, tmp_path, tokenizer):

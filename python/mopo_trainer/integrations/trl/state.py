@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 
@@ -36,7 +37,13 @@ class KeepsDual(Trainer):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: it holds no multipliers ({STATE_FILE}); start a new run"
             )
-        state, stands_on = RunState.read(Path(checkpoint)), self.stands_on()
+        try:
+            state = RunState.read(Path(checkpoint))
+        except SafetensorError as error:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: its {STATE_FILE} is damaged ({error}); take an earlier one"
+            ) from None
+        stands_on = self.stands_on()
         other = [name for name, value in stands_on.items() if state.identity.get(name) != value]
         if other:
             raise ValueError(
