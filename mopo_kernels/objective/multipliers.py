@@ -193,11 +193,12 @@ class MOPODual(nn.Module):
         lag_log_ratio: Tensor | None = None,  # [B]
         *,
         statistics: LabelStatistics | None = None,
-    ) -> None:
-        """One step of the update rule on a batch's labels.
+    ) -> LabelStatistics:
+        """One step of the update rule on a batch's labels; returns what they said before the multipliers moved.
 
         `statistics` are the `label_statistics` of just these labels under the multipliers and eps in force, where they
-        are there already; under torch.distributed the labels of all ranks count, and they are computed again.
+        are there already. Under torch.distributed the labels of all ranks count, of which some may have none, and every
+        rank ends with the buffers of the first, bit for bit.
 
         Raises InfeasibleThresholds where a multiplier outgrows `max_multiplier`, and RuntimeError where eps="auto" has
         not been resolved by a `refresh`.
@@ -218,6 +219,16 @@ class MOPODual(nn.Module):
         self._move_multipliers(lower_bounds)
         self._check_multipliers(win_rate, group, lag_log_ratio)
         self.step += 1
+        self._take_from_first()
+        return statistics
+
+    def _take_from_first(self) -> None:
+        """Buffers as the first rank has them: another processor's arithmetic may differ in the last bit, and drift."""
+        if not _is_distributed():
+            return
+        first: list[Any] = [{name: buffer.cpu() for name, buffer in self.named_buffers()}]
+        dist.broadcast_object_list(first, src=0)
+        self.load_state_dict(first[0])
 
     def _descend_chi(self, labels: Labels) -> tuple[Tensor, Tensor]:  # [K], [K]
         """One gradient step on chi, and the bounds there."""
@@ -302,7 +313,7 @@ def _gather_ranks(
     win_rate: Tensor, group: Tensor, lag_log_ratio: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The batches of all ranks as one; groups of different ranks stay different whatever their ids."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _is_distributed():
         return win_rate, group, lag_log_ratio
     lag = None if lag_log_ratio is None else lag_log_ratio.cpu()
     batches: list[Any] = [None] * dist.get_world_size()
@@ -310,7 +321,12 @@ def _gather_ranks(
     win_rates, groups, lags = zip(*batches, strict=True)
     offset = max(rows.shape[0] for rows in win_rates)
     distinct = torch.cat([ids + rank * offset for rank, ids in enumerate(groups)])
-    return torch.cat(win_rates), distinct, None if lag is None else torch.cat(lags)
+    given = [ratio for ratio in lags if ratio is not None]
+    return torch.cat(win_rates), distinct, torch.cat(given) if given else None
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _check_names(objectives: Sequence[str], primary: str, thresholds: Mapping[str, float]) -> None:

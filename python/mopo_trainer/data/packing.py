@@ -28,9 +28,9 @@ class SequenceBatch:
 
     @classmethod
     def of(cls, sequences: Sequence[TokenSequence]) -> SequenceBatch:
-        ids = torch.tensor(list(chain.from_iterable(ids for ids, _ in sequences)))
-        lengths = torch.tensor([len(ids) for ids, _ in sequences])
-        return cls(ids, lengths, torch.tensor([prompt for _, prompt in sequences]))
+        ids = list(chain.from_iterable(ids for ids, _ in sequences))
+        lengths, prompts = [len(ids) for ids, _ in sequences], [prompt for _, prompt in sequences]
+        return cls(*(torch.tensor(x, dtype=torch.int64) for x in (ids, lengths, prompts)))
 
     @property
     def starts(self) -> Tensor:  # [B]
@@ -51,13 +51,19 @@ class GroupBatch:
     response: Tensor  # [B] index among all responses of the data set
     group: Tensor  # [B] index of the row in the batch
 
+    @property
+    def groups(self) -> int:
+        return int(self.group[-1]) + 1 if len(self.group) else 0
+
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, GroupBatch]:
     """A batch of groups (see `tokens.tokenize_groups`) as flat sequences."""
     sequences = [pair for row in rows for pair in zip(row["input_ids"], row["prompt_tokens"], strict=True)]
-    sizes = torch.tensor([len(row["input_ids"]) for row in rows])
+    sizes, first = (
+        torch.tensor([(len(row["input_ids"]), row["first_response"]) for row in rows], dtype=torch.int64).view(-1, 2).T
+    )
     group = torch.arange(len(rows)).repeat_interleave(sizes)
-    response = torch.tensor([row["first_response"] for row in rows])[group] + _places(sizes)
+    response = first[group] + _places(sizes)
     return {"batch": GroupBatch(SequenceBatch.of(sequences), response, group)}
 
 

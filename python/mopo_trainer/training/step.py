@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from mopo_trainer.data.packing import GroupBatch, PackedSequences
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.head import Scoring
 
+SUMS = ("tokens", "skipped_tokens", "router_loss", "router_groups")  # over micro-batches and ranks
+
 
 class StepLabels(NamedTuple):
     """The labels of a batch, on the CPU in float64."""
@@ -24,6 +27,18 @@ class StepLabels(NamedTuple):
     win_rate: Tensor  # [B, K]
     group: Tensor  # [B]
     lag_log_ratio: Tensor | None  # [B]
+
+    @classmethod
+    def of(cls, parts: Sequence[StepLabels], dual: MOPODual) -> StepLabels:
+        """Several batches as one, whose groups stay apart; none as one of no responses."""
+        if not parts:
+            return cls(
+                dual.multipliers.new_empty(0, len(dual.objectives)).cpu(), torch.empty(0, dtype=torch.int64), None
+            )
+        offset = max(int(part.group.max()) for part in parts) + 1
+        lags = [part.lag_log_ratio for part in parts if part.lag_log_ratio is not None]
+        group = torch.cat([part.group + i * offset for i, part in enumerate(parts)])
+        return cls(torch.cat([part.win_rate for part in parts]), group, torch.cat(lags) if lags else None)
 
     def statistics(self, dual: MOPODual) -> LabelStatistics:
         """What labels and multipliers say, once: loss, dual and log read it."""
@@ -82,23 +97,18 @@ class StepBatch:
             kept=kept,
         )
 
-    @property
-    def dropped_mass(self) -> Tensor:  # []
-        """Weight of the responses that do not enter the model, mean over groups."""
-        dropped = self.statistics.weights.clone()
-        if self.index is None:
-            return dropped.new_zeros(())
-        dropped[self.index] = 0
-        return self.statistics.groups.mean_of_sums(dropped)
-
 
 class StepRecord:
-    """What the micro-batches of the running step hold for the dual, and of the steps since the last log for the log."""
+    """What the micro-batches of the running step hold for the dual, and of the steps since the last log for the log.
 
-    def __init__(self) -> None:
+    Estimates are those of the labels of the whole step, of all its micro-batches on all ranks, as the dual has them.
+    """
+
+    def __init__(self, least_weight: float | None = None) -> None:
+        self.least_weight = least_weight  # of a response that enters the model; None: all do
         self._batches: list[StepBatch] = []
         self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._tokens = {"tokens": 0, "skipped_tokens": 0}
+        self._sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self._since = time.perf_counter()
 
     def start_clock(self) -> None:
@@ -108,44 +118,43 @@ class StepRecord:
 
     def add(self, batch: StepBatch) -> None:
         self._batches.append(batch)
-        values = batch.statistics.values
-        for name in ("win_rates", "lower_bounds", "ess", "kl"):
-            self._values[name].append(getattr(values, name))
-        self._values["dropped_mass"].append(batch.dropped_mass)
+        self._sums["tokens"] += batch.packed.tokens
+        self._sums["skipped_tokens"] += batch.all_tokens - batch.packed.tokens
         if batch.router_loss is not None:
-            self._values["router_loss"].append(batch.router_loss)
-        self._tokens["tokens"] += batch.packed.tokens
-        self._tokens["skipped_tokens"] += batch.all_tokens - batch.packed.tokens
+            groups = int(batch.labels.group[-1]) + 1
+            self._sums["router_groups"] += groups
+            self._sums["router_loss"] += groups * batch.router_loss.item()
 
     def move(self, dual: MOPODual) -> None:
         """Move the multipliers by the labels of the whole step, groups of its micro-batches kept apart; forget them."""
         batches, self._batches = self._batches, []
-        if len(batches) == 1:
-            dual.update(*batches[0].labels, statistics=batches[0].statistics)
-            return
-        parts = [batch.labels for batch in batches]
-        offset = max(int(part.group.max()) for part in parts) + 1
-        lags = [part.lag_log_ratio for part in parts if part.lag_log_ratio is not None]
-        dual.update(
-            torch.cat([part.win_rate for part in parts]),
-            torch.cat([part.group + i * offset for i, part in enumerate(parts)]),
-            torch.cat(lags) if lags else None,
-        )
+        statistics = batches[0].statistics if len(batches) == 1 else None
+        found = dual.update(*StepLabels.of([batch.labels for batch in batches], dual), statistics=statistics)
+        for name in ("win_rates", "lower_bounds", "ess", "kl"):
+            self._values[name].append(getattr(found.values, name))
+        self._values["dropped_mass"].append(self._dropped_mass(found))
+
+    def _dropped_mass(self, statistics: LabelStatistics) -> Tensor:  # []
+        """Weight of the responses that do not enter the model, mean over groups."""
+        weights = statistics.weights
+        if self.least_weight is None:
+            return weights.new_zeros(())
+        return statistics.groups.mean_of_sums(weights.masked_fill(weights > self.least_weight, 0))
 
     def metrics(self, dual: MOPODual, accelerator: Any) -> dict[str, float]:
-        """Means since the last log over steps and ranks, token counts summed; then starts over."""
+        """Means since the last log over steps, sums over ranks; then starts over."""
         if not self._values:
             return {}
         mean = {name: torch.stack(values).nanmean(0) for name, values in self._values.items()}
-        counts = torch.tensor([float(self._tokens["tokens"]), float(self._tokens["skipped_tokens"])])
+        sums = torch.tensor(list(self._sums.values()), device=accelerator.device)
         if accelerator.num_processes > 1:
-            device = accelerator.device
-            mean = {k: accelerator.gather(v[None].to(device)).nanmean(0).cpu() for k, v in mean.items()}
-            counts = accelerator.reduce(counts.to(device), reduction="sum").cpu()
+            sums = accelerator.reduce(sums, reduction="sum")
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
         seconds = time.perf_counter() - self._since
-        single = [name for name in ("ess", "kl", "dropped_mass", "router_loss") if name in mean]
-        logs: dict[str, float] = {name: mean[name].item() for name in single}
-        logs |= {"tokens_per_second": counts[0].item() / seconds, "skipped_tokens": counts[1].item()}
+        logs: dict[str, float] = {name: mean[name].item() for name in ("ess", "kl", "dropped_mass")}
+        if total["router_groups"]:
+            logs["router_loss"] = total["router_loss"] / total["router_groups"]
+        logs |= {"tokens_per_second": total["tokens"] / seconds, "skipped_tokens": total["skipped_tokens"]}
         thresholds = dict(zip(dual.secondaries, dual.thresholds.tolist(), strict=True))
         for k, name in enumerate(dual.objectives):
             logs[f"win_rate/{name}"] = mean["win_rates"][k].item()
@@ -155,5 +164,5 @@ class StepRecord:
                 logs[f"threshold/{name}"] = thresholds[name]
                 logs[f"slack/{name}"] = logs[f"bound/{name}"] - thresholds[name]
         self._values.clear()
-        self._tokens = {"tokens": 0, "skipped_tokens": 0}
+        self._sums = dict.fromkeys(SUMS, 0.0)
         return logs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,7 +30,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mopo_kernels import MOPODual, MOPOOutput
 from mopo_kernels.loss import policy_loss
 from mopo_trainer.data import objectives
-from mopo_trainer.data.packing import GroupBatch, collate
+from mopo_trainer.data.packing import GroupBatch, SequenceBatch, collate
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.names import it_has
 from mopo_trainer.report.evidence import are_sure, usual_size, worth_of_threshold
@@ -40,6 +41,7 @@ from mopo_trainer.training.adapter import (
     with_adapter,
     write_adapter,
 )
+from mopo_trainer.training.batches import deal
 from mopo_trainer.training.callbacks import DualCallback
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.datasets import read_groups, tokenize
@@ -113,7 +115,7 @@ class MOPOTrainer(Trainer):
         self.dual = _dual(names, args)
         self.reference: dict[str, Tensor] = {}  # [M] of π_ref0: train, eval.…; of π_lag: lag; of the next lag: now
         self._resumed = False
-        self.record = StepRecord()
+        self.record = StepRecord(args.min_weight if args.policy_step == "clone" else None)
         self._staging: Path | None = None
         super().__init__(
             model=model,
@@ -125,7 +127,7 @@ class MOPOTrainer(Trainer):
             callbacks=[DualCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self.loss_is_scaled_for_ga = False  # the loss is a mean over groups, averaged over micro-batches by the Trainer
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the groups of the whole step
         self.label_names: list[str] = []
         self.start = starting_weights(model)
         self._check_fit(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
@@ -140,9 +142,16 @@ class MOPOTrainer(Trainer):
         inputs: dict[str, GroupBatch],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, MOPOOutput]:
-        """The policy step on a batch from `collate`; only the responses whose weight counts enter the model."""
+    ) -> Tensor | tuple[Tensor, MOPOOutput | None]:
+        """The policy step on a batch from `collate`; only the responses whose weight counts enter the model.
+
+        The loss is a mean over groups: over those of all micro-batches of all ranks, `num_items_in_batch`, where the
+        batch is one of several.
+        """
         args, batch, device = self.args, inputs["batch"], self.accelerator.device
+        if batch.groups == 0:
+            loss = self._idle_loss(model)
+            return (loss, None) if return_outputs else loss
         labels = StepLabels(
             self.train_groups.win_rate[batch.response], batch.group, self._lag_log_ratio(batch.response)
         )
@@ -172,7 +181,30 @@ class MOPOTrainer(Trainer):
             loss = loss + self.scoring.router_weight * forward.router_loss
             step = replace(step, router_loss=forward.router_loss.detach().double().cpu())
         self.record.add(step)
+        if num_items_in_batch is not None:  # gradients are averaged over ranks
+            loss = loss * (batch.groups * self.accelerator.num_processes / int(num_items_in_batch))
         return (loss, output) if return_outputs else loss
+
+    def _idle_loss(self, model: nn.Module) -> Tensor:  # [] 0
+        """What a rank without a group computes, because the others wait for its pass and its gradients."""
+        plain = self.accelerator.unwrap_model(model)
+        packed = self.scoring.pack(SequenceBatch.of([self.train_groups.shortest()]), None).to(self.accelerator.device)
+        states = self.scoring.forward(model, plain, packed).states
+        with self.accelerator.autocast():
+            return self.scoring.logp(plain, states, packed).sum() * 0
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers.Trainer's, but that no group stands for one that is not there (`batches`)."""
+        loader, ranks = super().get_train_dataloader(), self.accelerator.num_processes
+        return loader if ranks == 1 else deal(loader, self.accelerator.process_index, ranks)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """The micro-batches of a step, and the groups that they hold on all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        groups = torch.tensor(sum(inputs["batch"].groups for inputs in batches), device=device)
+        return batches, int(self.accelerator.reduce(groups, reduction="sum"))
 
     def _check_fit(self, *data: TokenizedGroups) -> None:
         """Raise for tokens and lengths that the model's tables do not hold."""

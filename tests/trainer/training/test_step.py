@@ -14,7 +14,7 @@ from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
 
 PAD = 0
 NAMES = ["brief", "friendly"]
-ALONE = SimpleNamespace(num_processes=1)
+ALONE = SimpleNamespace(num_processes=1, device="cpu")
 
 
 def make_dual(**options):
@@ -67,7 +67,10 @@ def test_clone_takes_the_responses_above_the_least_weight(share):
         assert torch.equal(getattr(step.packed, name), getattr(expected, name)), name
     dropped = sum(weight for i, weight in enumerate(weights.tolist()) if i not in kept)
     assert dropped > 0.01
-    assert step.dropped_mass.item() == pytest.approx(dropped / 3)
+    record = StepRecord(least_weight=0.1)
+    record.add(step)
+    record.move(dual)
+    assert record.metrics(dual, ALONE)["dropped_mass"] == pytest.approx(dropped / 3)
     at_the_bound = step_of(batch, labels, dual, min_weight=float(weights[kept[0]]))
     assert kept[0] not in at_the_bound.index.tolist()  # above, not at
 
@@ -78,7 +81,6 @@ def test_steps_against_a_reference_take_every_response(policy_step):
     step = step_of(batch, labels, make_dual(), policy_step=policy_step)
     assert step.index is None
     assert step.packed.target.shape[0] == len(labels.group)
-    assert step.dropped_mass == 0
 
 
 @pytest.mark.parametrize("lag", [False, True])
@@ -113,17 +115,19 @@ def test_a_step_of_one_batch_hands_its_statistics_on():
 def test_logs_are_means_and_sums_since_the_last_log(monkeypatch):
     clock = iter([0.0, 100.0, 104.0, 200.0, 205.0])  # made, first step, log, first step, log
     monkeypatch.setattr(step_module.time, "perf_counter", lambda: next(clock))
-    dual, record = make_dual(), StepRecord()
+    dual, record = make_dual(update="exact"), StepRecord(least_weight=0.1)
     assert record.metrics(dual, ALONE) == {}
     steps = [step_of(*make_batch(seed), dual) for seed in (1, 2)]
     for step in steps:
         record.start_clock()
         record.add(step)
+        record.move(dual)
     logs = record.metrics(dual, ALONE)
     values = [step.statistics.values for step in steps]
     for name in ("ess", "kl"):
         assert logs[name] == pytest.approx(sum(float(getattr(v, name)) for v in values) / 2)
-    assert logs["dropped_mass"] == pytest.approx(sum(float(step.dropped_mass) for step in steps) / 2)
+    weights = torch.cat([v.weights for v in values])
+    assert logs["dropped_mass"] == pytest.approx(float(weights[weights <= 0.1].sum()) / 6)
     assert logs["dropped_mass"] > 0
     for k, name in enumerate(NAMES):
         assert logs[f"win_rate/{name}"] == pytest.approx(sum(float(v.win_rates[k]) for v in values) / 2)
@@ -139,16 +143,40 @@ def test_logs_are_means_and_sums_since_the_last_log(monkeypatch):
     assert record.metrics(dual, ALONE) == {}
     record.start_clock()
     record.add(steps[1])
+    record.move(dual)
     logs = record.metrics(dual, ALONE)
     assert logs["kl"] == pytest.approx(float(values[1].kl))
     assert (logs["skipped_tokens"], logs["tokens_per_second"]) == (skipped[1], tokens[1] / 5)
 
 
 def test_an_objective_that_one_batch_leaves_unlabelled_is_logged_from_the_others():
-    dual, record = make_dual(), StepRecord()
+    dual, record = make_dual(update="exact"), StepRecord()
     (batch, labels), (other, unlabelled) = make_batch(1), make_batch(2)
     unlabelled.win_rate[:, 0] = torch.nan
     for each in ((batch, labels), (other, unlabelled)):
         record.add(step_of(*each, dual))
+        record.move(dual)
     alone = label_statistics(*labels[:2], dual.multipliers, tau=0.08, eps=0.01, primary=1).values
     assert record.metrics(dual, ALONE)["win_rate/brief"] == pytest.approx(float(alone.win_rates[0]))
+
+
+@pytest.mark.parametrize("lag", [False, True])
+def test_estimates_in_the_log_are_those_of_the_whole_step(lag):
+    """ESS and bounds are no means over micro-batches, and batches of more groups count more."""
+    dual, record = make_dual(), StepRecord()
+    parts = [make_batch(i, sizes, lag=lag) for i, sizes in enumerate([(3, 2, 4), (2,)])]
+    for batch, labels in parts:
+        record.add(step_of(batch, labels, dual))
+    whole = StepLabels.of([labels for _, labels in parts], dual).statistics(dual).values
+    record.move(dual)
+    logs = record.metrics(dual, ALONE)
+    for name in ("ess", "kl"):
+        assert logs[name] == pytest.approx(float(getattr(whole, name)), rel=1e-12)
+    assert logs["bound/brief"] == pytest.approx(float(whole.lower_bounds[0]), rel=1e-12)
+
+
+def test_a_step_without_a_group_on_this_rank_has_labels_of_none():
+    labels = StepLabels.of([], make_dual())
+    assert labels.win_rate.shape == (0, 2)
+    assert labels.group.shape == (0,)
+    assert labels.lag_log_ratio is None
