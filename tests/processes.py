@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.tensor", "mopo_kernels.loss"])
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.tensor", "mopo_kernels.loss", "mopo_trainer.training.trainer"]
+)
 PATIENCE = 120  # seconds
 
 

@@ -5,14 +5,52 @@ has nothing to do.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tiny import make_tiny_model, make_tokenizer
+from transformers import TrainerCallback
 
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.trainer import MOPOTrainer
+
+
+def engines_on_cpus():
+    """Accelerate leaves FSDP to accelerators and would run DDP; told otherwise, the rest is real."""
+    start = AcceleratorState.__init__
+
+    def told(self, *arguments, fsdp_plugin=None, **options):
+        is_new = not AcceleratorState._shared_state
+        start(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        if is_new and fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = told
+
+
+def forget_engine():
+    """The next trainer of this process asks again."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    AcceleratorState._reset_state()
+
+
+class Fault(TrainerCallback):
+    """Kills the rank `kill_rank` at the start of a step, or puts NaN into the weights of `nan_rank` alone."""
+
+    def __init__(self, *, kill_rank=None, kill_step=None, nan_rank=None):
+        self.kill_rank, self.kill_step, self.nan_rank = kill_rank, kill_step, nan_rank
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if (args.process_index, state.global_step) == (self.kill_rank, self.kill_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if args.process_index == self.nan_rank:
+            with torch.no_grad():
+                model.model.norm.weight[0] = torch.nan
 
 
 def rows():
@@ -27,7 +65,7 @@ def rows():
     ]
 
 
-def train(directory, groups_a_batch, accumulation, **options):
+def train(directory, groups_a_batch, accumulation, *, resume=None, fault=None, **options):
     """The trainer, when it is done; what it logged is in history.json, and every rank's multipliers in dual-RANK."""
     tokenizer = make_tokenizer()
     settings = {
@@ -54,10 +92,12 @@ def train(directory, groups_a_batch, accumulation, **options):
         gradient_accumulation_steps=accumulation,
         **settings | options,
     )
-    trainer = MOPOTrainer(make_tiny_model(tokenizer), args, rows(), rows()[:3], processing_class=tokenizer)
-    trainer.train()
+    model, callbacks = make_tiny_model(tokenizer), [Fault(**fault)] if fault else []
+    trainer = MOPOTrainer(model, args, rows(), rows()[:3], processing_class=tokenizer, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     state = {name: value.tolist() for name, value in trainer.dual.state_dict().items()}
+    state["model"] = type(trainer.model_wrapped).__name__
     Path(directory, f"dual-{args.process_index}.json").write_text(json.dumps(state))
     if trainer.is_world_process_zero():
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -66,6 +106,7 @@ def train(directory, groups_a_batch, accumulation, **options):
 
 
 if __name__ == "__main__":
+    engines_on_cpus()
     train(sys.argv[1], *map(int, sys.argv[2:4]), **json.loads(sys.argv[4] if len(sys.argv) > 4 else "{}"))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

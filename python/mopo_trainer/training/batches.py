@@ -17,19 +17,20 @@ class DealtBatches:
 
     batch_size = None  # it varies
 
-    def __init__(self, batches: BatchSampler, rank: int, ranks: int) -> None:
+    def __init__(self, batches: BatchSampler, rank: int, ranks: int, *, a_step: int) -> None:
         self.batches, self.rank, self.ranks = batches, rank, ranks
+        self.a_step = a_step  # batches that all ranks together take a step
         self.sampler = batches.sampler  # where accelerate sets the epoch
         self.drop_last = batches.drop_last
 
     def __len__(self) -> int:
         count = len(self.batches)
-        return count // self.ranks if self.drop_last else -(-count // self.ranks)
+        return count // self.a_step if self.drop_last else -(-count // self.a_step)
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         batches = iter(self.batches)
-        while step := list(islice(batches, self.ranks)):
-            if self.drop_last and len(step) < self.ranks:
+        while step := list(islice(batches, self.a_step)):
+            if self.drop_last and len(step) < self.a_step:
                 return
             groups = [group for batch in step for group in batch]
             yield groups[len(groups) * self.rank // self.ranks : len(groups) * (self.rank + 1) // self.ranks]
@@ -38,6 +39,8 @@ class DealtBatches:
 def deal(loader: DataLoader, rank: int, ranks: int) -> DataLoader:
     """A loader that accelerate has prepared for several processes, with our way of dealing in place of its own."""
     shard: Any = loader.batch_sampler
-    shard.batch_sampler = DealtBatches(shard.batch_sampler, rank, ranks)
-    shard.num_processes, shard.process_index, shard.batch_size, shard.even_batches = 1, 0, None, False
+    a_step = 1 if shard.split_batches else ranks
+    shard.batch_sampler = DealtBatches(shard.batch_sampler, rank, ranks, a_step=a_step)
+    shard.num_processes, shard.process_index, shard.batch_size = 1, 0, None
+    shard.even_batches = shard.split_batches = False
     return loader

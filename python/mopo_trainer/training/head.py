@@ -125,6 +125,7 @@ def head_arguments(
         "bias": head.bias,
         "softcap": transform.softcap,
         "logit_scale": transform.logit_scale,
+        "rows": "own",  # of a weight that FSDP leaves split
     }
 
 

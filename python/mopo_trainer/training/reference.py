@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from mopo_trainer.data.packing import SequenceBatch, TokenSequence
@@ -152,8 +153,14 @@ def frozen_fingerprint(model: nn.Module) -> str:
 def _hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        for chunk in tensor.detach().reshape(-1).split(CHUNK // tensor.element_size()):
-            digest.update(chunk.cpu().view(torch.uint8).numpy())
+        for chunk in whole(tensor.detach()).reshape(-1).split(CHUNK // tensor.element_size()):
+            own = chunk.to("cpu", copy=True)  # FSDP could not free what numpy has looked at
+            digest.update(own.view(torch.uint8).numpy())
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that processes may share (FSDP): all of them ask for it together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def _hash_configs(digest: hashlib._Hash, model: nn.Module) -> None:

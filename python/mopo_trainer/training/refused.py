@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import MISSING
 
 from transformers import TrainingArguments
 
 _EVALUATION = "evaluation reads the log-probs of whole responses and has its own metrics; leave it out"
 _EVAL_TYPE = "evaluation runs in the type that training runs in; set bf16 or the model's dtype"
-_SHARDED = (
-    "the loss reads the head's whole weight, and splitting it over processes was never tried; "
-    "start a process per GPU with torchrun, or train an adapter"
-)
+_ENGINE = "an engine that splits weights is chosen where processes start: accelerate launch --config_file FILE"
 _LENGTHS = "a batch holds groups of several responses, which have no one length; leave it out"
 _LIGER = "its fused head would stand beside ours, which is fused already; leave it out"
 _RENAMED = "a checkpoint is renamed once it is whole, which its upload would not find; use every_save"
@@ -35,9 +31,9 @@ REFUSED = {
     "auto_find_batch_size": "it starts over with weights that have moved, which are no reference any more; set "
     "per_device_train_batch_size",
     "parallelism_config": "sequences and weights split in its ways were never tried; leave it out",
-    "fsdp": _SHARDED,
-    "fsdp_config": _SHARDED,
-    "deepspeed": _SHARDED,
+    "fsdp": _ENGINE,
+    "fsdp_config": _ENGINE,
+    "deepspeed": _ENGINE,
     "do_predict": "nothing is predicted; leave it out",
     "remove_unused_columns": "it would drop the labels; leave it False",
 }
@@ -55,9 +51,6 @@ def refuse_options(args: TrainingArguments) -> None:
         value, default = getattr(args, name), _default(args, name)
         if value != default and (value or default):  # "" and False are as good as None
             raise ValueError(f"{name}={value!r}: {reason}")
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # of `accelerate launch`
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ValueError(f"{variable}: {_SHARDED}")
 
 
 def refuse_values(args: TrainingArguments) -> None:

@@ -35,6 +35,7 @@ from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.names import it_has
 from mopo_trainer.report.evidence import are_sure, usual_size, worth_of_threshold
 from mopo_trainer.training.adapter import (
+    carries_adapter,
     check_trainable,
     read_adapter,
     starting_weights,
@@ -45,6 +46,7 @@ from mopo_trainer.training.batches import deal
 from mopo_trainer.training.callbacks import DualCallback
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.datasets import read_groups, tokenize
+from mopo_trainer.training.engines import check_engine
 from mopo_trainer.training.evaluation import (
     EvalGroups,
     by_prefix,
@@ -129,6 +131,7 @@ class MOPOTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the groups of the whole step
         self.label_names: list[str] = []
+        check_engine(self.accelerator, has_adapter=carries_adapter(model))
         self.start = starting_weights(model)
         self._check_fit(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
         self.scoring = self._probe(Scoring(pad_token(model, tokenizer), backend=args.backend))
@@ -409,9 +412,10 @@ class MOPOTrainer(Trainer):
                 shutil.rmtree(self._staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            identity = self._identity  # which all ranks must ask for where they share the weights
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._publish(self._staging / name, run_dir / name)
+                self._publish(self._staging / name, run_dir / name, identity)
         finally:
             staging, self._staging = self._staging, None
         if self.args.should_save:
@@ -424,11 +428,11 @@ class MOPOTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
 
-    def _publish(self, written: Path, final: Path) -> None:
+    def _publish(self, written: Path, final: Path, identity: dict[str, str]) -> None:
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-        RunState(self.dual.state_dict(), self.reference, self._identity).write(written)
+        RunState(self.dual.state_dict(), self.reference, identity).write(written)
         if self.start:
             write_adapter(written, self.start, self.accelerator.unwrap_model(self.model))
         write_manifest(written)

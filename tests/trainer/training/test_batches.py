@@ -12,7 +12,7 @@ from mopo_trainer.training.batches import DealtBatches, deal
 
 def dealt(groups, size, ranks, *, drop_last=False):
     batches = BatchSampler(SequentialSampler(range(groups)), size, drop_last)
-    return [list(DealtBatches(batches, rank, ranks)) for rank in range(ranks)]
+    return [list(DealtBatches(batches, rank, ranks, a_step=ranks)) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("groups", [1, 5, 8, 9, 11, 16, 17])
@@ -30,12 +30,14 @@ def test_incomplete_steps_are_dropped_where_asked():
     assert dealt(15, 2, 2, drop_last=True) == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]]
 
 
-def test_a_prepared_loader_deals_so():
+@pytest.mark.parametrize("split", [False, True])
+def test_a_prepared_loader_deals_so(split):
     rows = [{"input_ids": [[i, 7], [i, 8]], "prompt_tokens": [1, 1], "first_response": 2 * i} for i in range(9)]
     found = []
     for rank in range(2):
-        loader = DataLoader(rows, batch_size=4, collate_fn=collate)
-        loader = deal(prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False), rank, 2)
+        loader = DataLoader(rows, batch_size=8 if split else 4, collate_fn=collate)
+        options = {"num_processes": 2, "process_index": rank, "put_on_device": False, "split_batches": split}
+        loader = deal(prepare_data_loader(loader, **options), rank, 2)
         assert len(loader) == 2
         found.append([(b["batch"].groups, b["batch"].response.tolist()) for b in loader])
         assert [b["batch"].groups for b in skip_first_batches(loader, 1)] == [found[-1][1][0]]

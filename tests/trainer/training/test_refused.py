@@ -91,13 +91,6 @@ def test_what_a_file_of_another_trainer_says_anyway_is_taken(tmp_path):
     assert copied.to_dict() == args.to_dict()
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_what_accelerate_launch_asks_for_is_refused_too(tmp_path, monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match=f"{variable}: .*splitting it over processes was never tried"):
-        MOPOConfig(output_dir=str(tmp_path), use_cpu=True)
-
-
 def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda args: 2))
     with pytest.raises(ValueError, match=r"2 GPUs in one process: .* start with torchrun"):
