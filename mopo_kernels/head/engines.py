@@ -43,8 +43,7 @@ def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None, *, is_
     """The table's choice, or the cut kernels where nobody asks for another and rates measured here are for them.
 
     With lse or entropies the cut kernels would spill registers, and they do not know of columns elsewhere: such calls
-    go to Triton's tile engine. Rates are not
-    asked under torch.compile: a choice by sizes would compile anew for each of them.
+    go to Triton's tile engine. Rates are not asked under torch.compile: a choice by sizes would compile anew for each.
 
     Raises:
         ValueError: sampled gradients of the cut kernels, which have no logits to draw from.
@@ -88,7 +87,7 @@ def make_engine(
         return CutEngine(inputs, call, row_block=row_block), deal(rows, row_block)
     plan = plan_for(inputs, rows, call, logits)
     blocks = deal(rows, plan.row_block)
-    return _tile_engine(inputs, call, plan, rows, blocks=blocks), blocks
+    return tile_engine(inputs, call, plan, rows, blocks=blocks), blocks
 
 
 def make_kept_engine(
@@ -96,11 +95,14 @@ def make_kept_engine(
 ) -> tuple[Engine, Sequence[Rows]]:
     """The tile engine over memory [N, V] for the logits of all rows, which another has filled or it will itself."""
     blocks, plan = [rows] if count(rows) else [], plan_for(inputs, rows, call, "kept")
-    engine = _tile_engine(inputs, call, plan, rows, blocks=blocks, kept=kept, holds=rows if is_filled else None)
+    engine = tile_engine(inputs, call, plan, rows, blocks=blocks, kept=kept, holds=rows if is_filled else None)
     return engine, blocks
 
 
-def _tile_engine(inputs: HeadInputs, call: HeadCall, plan: Plan, rows: Rows, **options: Any) -> Engine:
+def tile_engine(
+    inputs: HeadInputs, call: HeadCall, plan: Plan, rows: Rows, **options: Any
+) -> TileEngine | ShardedEngine:
+    """The tile engine, of a part of the vocabulary where the call has but that."""
     if call.shard is None:
         return TileEngine(inputs, call, plan, **options)
     return ShardedEngine(TileEngine(of_shard(inputs, call.shard), call, plan, **options), call.shard, rows)

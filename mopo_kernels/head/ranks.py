@@ -25,6 +25,7 @@ from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.ops import run_head_logprob
 from mopo_kernels.head.plan import default_workspace
 from mopo_kernels.head.rows import rows_that_count, take
+from mopo_kernels.head.sampled import run_sampled_logprob
 from mopo_kernels.head.shard import Shard, add_up, gather, group_of, number_of
 
 RowsOf = Literal["same", "own"]
@@ -104,8 +105,6 @@ def agree(inputs: HeadInputs, call: HeadCall, split: Split, part: _Part) -> Head
     call = replace(call, workspace_bytes=int(columns[:, 1].min()))
     if not part.is_split or world == 1:
         return call
-    if call.grad_sampling is not None:
-        raise ValueError("grad_sampling has no split LM heads: leave it out, or gather the weight")
     shard = Shard(number_of(part.group), sum(sizes[:rank]), vocab, max(sizes), split.rows == "own")
     return replace(call, shard=shard)
 
@@ -121,7 +120,8 @@ def run_own_rows(inputs: HeadInputs, call: HeadCall) -> RowValues:
     padded = torch.nn.functional.pad(take(hidden, counted, hidden.dtype), (0, 0, 0, most - count))
     targets = torch.nn.functional.pad(target[counted], (0, most - count), value=call.ignore_index)
     everybody = inputs._replace(hidden=_GatheredRows.apply(padded, group), target=gather(targets, group).view(-1))
-    values = run_head_logprob(everybody, call)
+    is_sampled = call.grad_sampling is not None and any(call.needs)
+    values = (run_sampled_logprob if is_sampled else run_head_logprob)(everybody, call)
 
     def mine(x: Tensor) -> Tensor:
         if len(x) == 0:

@@ -23,6 +23,7 @@ from mopo_kernels.backends.memory import new_empty
 from mopo_kernels.backends.reference import RowValues
 from mopo_kernels.checks import check_result
 from mopo_kernels.head.call import HeadCall, HeadInputs
+from mopo_kernels.head.engines import tile_engine
 from mopo_kernels.head.ops import (
     Present,
     fake_gradients,
@@ -35,12 +36,14 @@ from mopo_kernels.head.ops import (
 )
 from mopo_kernels.head.plan import accumulate_dtype, plan_for
 from mopo_kernels.head.rows import rows_that_count, split
-from mopo_kernels.head.tiles import TileEngine
+from mopo_kernels.head.shard import add_up, gather, group_of
 
 
 def run_sampled_logprob(inputs: HeadInputs, call: HeadCall) -> RowValues:
     """What `reference.head_rows` computes, with gradients of `call.grad_sampling`: one random number a row."""
     uniform = torch.rand(inputs.target.shape, dtype=torch.float64, device=inputs.target.device)
+    if call.shard is not None:
+        uniform = gather(uniform, group_of(call.shard.group))[0]
     return RowValues(*sampled_logprob(*inputs, uniform, call.flat())[:4])
 
 
@@ -62,7 +65,7 @@ def sampled_logprob(
     rows = rows_that_count(inputs.target, options.ignore_index)
     plan = plan_for(inputs, rows, options, "fused")
     blocks = split(rows, plan.row_block)
-    engine = TileEngine(inputs, options, plan, blocks=blocks)
+    engine = tile_engine(inputs, options, plan, rows, blocks=blocks)
     running = (uniform / GRID).floor() * GRID
     values, samples = no_values(target, options.outputs), _no_samples(inputs, options)
     slope = torch.zeros_like(running)
@@ -77,7 +80,7 @@ def sampled_logprob(
         if isinstance(block, Tensor):  # of a slice these are the rows themselves
             for whole, part in zip(samples, drawn, strict=True):
                 whole[block] = part
-    check_result(values.logp, hidden=hidden, weight=weight, bias=bias)
+    check_result(values.logp, is_split=options.shard is not None, hidden=hidden, weight=weight, bias=bias)
     return *returned(values, accumulate_dtype(weight.dtype)), *samples, slope
 
 
@@ -114,6 +117,9 @@ def sampled_gradients(
     if needs_hidden:
         grad_hidden = new_empty(hidden, hidden.shape, hidden.dtype)
         fold.sample_hidden(samples, _row_major(weight), grad_hidden)
+        if options.shard is not None:
+            total = add_up(grad_hidden.to(values.dtype), group_of(options.shard.group))
+            grad_hidden = total.to(hidden.dtype)
     if needs_weight:
         grad_weight = new_empty(weight, weight.shape, weight.dtype)
         fold.sample_weight(samples, _row_major(hidden), grad_weight)
@@ -155,10 +161,12 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None, *_: N
         return (None,) * 6
     of_logp, *of_lse = upstream_of(grad_logp, grad_lse).double()
     scale = (of_lse[0] if of_lse else 0) - of_logp
+    call = HeadCall.unflat(ctx.call)
+    if call.shard is not None:
+        target = call.shard.local(target, weight.shape[0])
     at_target = torch.where(columns == target.unsqueeze(-1), (of_logp * slope).unsqueeze(-1), 0)
     scaled = (values * scale.unsqueeze(-1) + at_target).to(values.dtype)
     needs = ctx.needs_input_grad[:3]
-    call = HeadCall.unflat(ctx.call)
     gradients = sampled_gradients(columns, scaled, counts, hidden, weight, bias, call.on(call.backend, needs).flat())
     return *(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None, None
 

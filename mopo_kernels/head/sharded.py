@@ -2,6 +2,7 @@
 
 statistics   (maximum, total, chosen[, weighted]) of every process are gathered and merged: 24 bytes a row and
              process, 32 with entropies
+sample       the mass below the floor of every process is gathered: 8 bytes a row and process
 finish       grad_hidden of the rows that count is summed over the processes, 4·H bytes a row (8·H for float64);
              the gradients of weight and bias are the process's own
 """
@@ -11,9 +12,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mopo_kernels.backends.fold import Statistics
+from mopo_kernels.backends.fold import Samples, Statistics
 from mopo_kernels.head.call import Gradients, HeadInputs
 from mopo_kernels.head.plan import accumulate_dtype
 from mopo_kernels.head.rows import Rows, put, take
@@ -33,6 +35,13 @@ class ShardedEngine:
 
     def add(self, rows: Rows, lse: Tensor, coefficient: Tensor, lse_coefficient: Tensor | None = None) -> None:
         self.engine.add(rows, lse, coefficient, lse_coefficient)
+
+    def sample(self, rows: Rows, lse: Tensor, running: Tensor, samples: Samples) -> None:
+        """Twice: what these columns add to the running sum, exactly, and then from where the earlier ones leave it."""
+        own = running.clone()
+        self.engine.sample(rows, lse, own, Samples(*(x.clone() for x in samples)))
+        earlier = gather(own - running, self.group)[: dist.get_rank(self.group)]
+        self.engine.sample(rows, lse, running + earlier.sum(0), samples)
 
     def finish(self) -> Gradients:
         grad_hidden, *others = self.engine.finish()

@@ -112,6 +112,22 @@ def frozen(rank, sizes):
     return pairs(*results), []
 
 
+def sampled(rank, sizes, rows="same", **options):
+    """The entries drawn of a split head are those of the whole one: the first rank's random numbers, one sum."""
+    *inputs, target, upstream = numbers()
+    torch.manual_seed(1)
+    values, (grad_hidden, *others) = outputs_and_gradients(*inputs, target, upstream, grad_sampling=0.02, **options)
+    mine, chosen = columns(sizes, rank), slice(None) if rows == "same" else columns((N, 0), rank)
+    split = [inputs[0][chosen], *(x[mine] for x in inputs[1:])]
+    torch.manual_seed(1 + rank)
+    options = {**options, "grad_sampling": 0.02, "vocab_group": dist.group.WORLD, "rows": rows}
+    found, gradients = outputs_and_gradients(*split, target[chosen], upstream[chosen], **options)
+    share = 1 if rows == "same" else 2
+    return pairs(found, [x[chosen] for x in values]), pairs(
+        gradients, [grad_hidden[chosen], *(x[mine] / share for x in others)]
+    )
+
+
 def loss_of(rank, policy_step, rows):
     """mopo_loss and sequence_logprob: four groups of two on every rank, or two on each."""
     hidden, weight, bias, _, _ = numbers()
@@ -200,7 +216,6 @@ def errors(rank):
         "target": error_of(lambda: linear_logprob(hidden[rank:], shard, far[rank:], rows="own", **split)),
         "nan": error_of(lambda: linear_logprob(hidden, nan, target, **split)),
         "reference": error_of(lambda: linear_logprob(hidden, shard, target, backend="reference", **split)),
-        "sampling": error_of(lambda: linear_logprob(hidden, shard, target, grad_sampling=0.1, **split)),
         "layout": error_of(lambda: linear_logprob(hidden, distribute_tensor(weight, mesh, [Shard(1)]), target)),
         "mesh": error_of(
             lambda: linear_logprob(
@@ -284,6 +299,9 @@ def checks():
             found[f"{step}, {rows} rows"] = lambda rank, step=step, rows=rows: loss_of(rank, step, rows)
     found["replicas of shards of one"] = lambda rank: dtensor(rank, Shard(0), "own", (2, 1))
     found["one replica of shards"] = lambda rank: dtensor(rank, Shard(0), "own", (1, 2))
+    for name, sizes in SIZES.items():
+        found[f"sampled, {name} on the last"] = lambda rank, sizes=sizes: sampled(rank, sizes)
+    found["sampled, streamed"] = lambda rank: sampled(rank, SIZES["uneven"], workspace_bytes=20_000, softcap=5.0)
     found["frozen head"] = lambda rank: frozen(rank, SIZES["uneven"])
     return found
 

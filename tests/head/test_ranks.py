@@ -73,7 +73,6 @@ def test_bytes_that_a_rank_sends(ranks):
         ("gradients", "different options, dtypes or gradients"),
         ("target", "target holds 301, outside [0, 301)"),
         ("reference", "backend='reference' has no split LM heads"),
-        ("sampling", "grad_sampling has no split LM heads"),
         ("layout", "an LM head takes Shard(0) or Replicate()"),
         ("mesh", "on one dimension, beside replicas with rows='own'"),
         ("both", "a DTensor knows its own group"),
