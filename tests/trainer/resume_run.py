@@ -1,10 +1,11 @@
-"""A training run that can kill itself with SIGKILL: `python resume_run.py DIRECTORY [step|save N] [resume]`.
+"""A training run that can kill itself with SIGKILL: `python resume_run.py DIRECTORY [step|save|full N] [resume]`.
 
 Everything that carries state is on: dropout, sgd multipliers with a robust bound, a lag refresh with its ratchet.
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -26,14 +27,16 @@ class KillAtStep(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class KilledWhileSaving(MOPOTrainer):
-    """Dies when the model is written but nothing after it."""
+class FaultWhileSaving(MOPOTrainer):
+    """Dies, or may write no more, when the model is written but nothing after it."""
 
-    kill_step = -1
+    fault, step = "never", -1
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        if self.state.global_step == self.kill_step:
+        if self.state.global_step == self.step and self.fault == "save":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.state.global_step == self.step and self.fault == "full":  # as a disk without a free block
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         super()._save_optimizer_and_scheduler(output_dir)
 
 
@@ -65,8 +68,8 @@ def main(directory, kill="never", kill_step=-1, resume=False):
         disable_tqdm=True,
         report_to="none",
     )
-    KilledWhileSaving.kill_step = kill_step if kill == "save" else -1
-    trainer = KilledWhileSaving(
+    FaultWhileSaving.fault, FaultWhileSaving.step = kill, kill_step
+    trainer = FaultWhileSaving(
         make_tiny_model(tokenizer),
         args,
         train_dataset=rows,

@@ -14,8 +14,7 @@ def check_engine(accelerator: Accelerator, *, has_adapter: bool) -> None:
     """Refuse what would split nothing without a word, or what the loss cannot read.
 
     Raises:
-        ValueError: an engine that accelerate passes over, as on CPUs; FSDP of version 1, an adapter under FSDP;
-            DeepSpeed's ZeRO-3.
+        ValueError: an engine that accelerate passes over; FSDP of version 1, an adapter under FSDP; DeepSpeed.
     """
     kind = accelerator.distributed_type
     for variable, engine in _ENGINES.items():
@@ -31,8 +30,8 @@ def check_engine(accelerator: Accelerator, *, has_adapter: bool) -> None:
             "an adapter under FSDP: its starting weights, which the reference needs, would be split too, and that was "
             "never tried; use examples/accelerate/ddp.yaml"
         )
-    if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+    if kind == DistributedType.DEEPSPEED:
         raise ValueError(
-            "ZeRO-3 takes the head's weight away after each forward pass, before the loss reads it; "
+            "DeepSpeed was never run with this loss, whose head ZeRO-3 takes away before it is read; "
             "examples/accelerate/fsdp2.yaml splits as much"
         )

@@ -50,6 +50,12 @@ class RunState(NamedTuple):
                 f"resume_from_checkpoint={checkpoint}: it holds no state of the optimizer (save_only_model); start a "
                 "new run from its model"
             )
+        if self.dual.keys() != dual.state_dict().keys():
+            unknown = ", ".join(sorted(self.dual.keys() ^ dual.state_dict().keys()))
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: another version of mopo-kernels wrote it ({unknown} is in one "
+                "state of the multipliers only); resume with that version, or start a new run from its model"
+            )
         saved = dict(zip(dual.secondaries, self.dual["floors"].tolist(), strict=True))
         wanted = dict(zip(dual.secondaries, dual.floors.tolist(), strict=True))
         changed = [f"{name} {saved[name]:g} → {wanted[name]:g}" for name in saved if saved[name] != wanted[name]]

@@ -1,6 +1,7 @@
 """A run killed with SIGKILL and resumed must be the run that was never interrupted: losses, multipliers, data order."""
 
 import json
+import resource
 import runpy
 import signal
 import subprocess
@@ -8,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mopo_trainer.training.resume import newest_checkpoint
+from mopo_trainer.training.resume import MANIFEST, STATE_FILE, RunState, newest_checkpoint, write_manifest
 
 RUN = Path(__file__).parents[1] / "resume_run.py"
 
@@ -63,3 +65,75 @@ def test_killed_and_resumed_is_the_same_run(tmp_path, run, uninterrupted, kill, 
     assert newest_checkpoint(tmp_path).name == f"checkpoint-{resumes_at}"
     run(str(tmp_path), resume=True)
     assert history(tmp_path) == uninterrupted
+
+
+@pytest.fixture
+def limits():
+    """The size that a file may have, as it was."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def enough_disk():
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_a_full_disk_ends_the_run_which_resumes_from_the_checkpoint_before(
+    tmp_path, run, uninterrupted, limits, enough_disk
+):
+    with pytest.raises((OSError, RuntimeError)):
+        run(str(tmp_path), "full", 6)
+    enough_disk()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert not (tmp_path / "checkpoint-6").exists()
+    run(str(tmp_path), resume=True)
+    assert history(tmp_path) == uninterrupted
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, run):
+    """A run's directory, whose newest checkpoint is that of step 4."""
+    directory = tmp_path_factory.mktemp("stopped")
+    killed_run(directory, "step", 4)
+    return directory
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(stopped, run):
+    checkpoint = newest_checkpoint(stopped)
+    state, manifest = RunState.read(checkpoint), checkpoint / MANIFEST
+    kept = {name: (checkpoint / name).read_bytes() for name in (STATE_FILE, MANIFEST)}
+    older = {name.replace("chi", "temperature"): value for name, value in state.dual.items()}
+    state._replace(dual=older).write(checkpoint)
+    manifest.unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=r"another version of mopo-kernels wrote it \(chi, temperature"):
+        run(str(stopped), resume=True)
+    for name, content in kept.items():
+        (checkpoint / name).write_bytes(content)
+
+
+class Payload:
+    """What runs where somebody unpickles it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_in_a_checkpoint_is_unpickled(stopped, tmp_path, run, name):
+    checkpoint = newest_checkpoint(stopped)
+    whole = (checkpoint / name).read_bytes()
+    torch.save({"state": Payload(tmp_path / "ran")}, checkpoint / name)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    try:
+        with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
+            run(str(stopped), resume=True)
+    finally:
+        (checkpoint / name).write_bytes(whole)
+    assert not (tmp_path / "ran").exists()
