@@ -22,6 +22,7 @@ from mopo_kernels.measure.workloads import TAU
 
 Loss = Callable[..., Tensor]
 BETA = 0.1
+SAMPLED = 2.0**-6  # grad_sampling
 
 
 # ---------------------------------------------------------------------------------------------------------------- heads
@@ -119,6 +120,7 @@ GPU_HEADS = {  # CCE leaves out small gradients unless told otherwise, so it ent
 OURS = {  # with the sum asked for, so that coefficients are known beforehand, and per row; in 64 MiB and in 512
     "mopo, sum": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum"),
     "mopo, per row": lambda h, w, t: -linear_logprob(h, w, t).sum(),
+    "mopo, sampled 1/64": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum", grad_sampling=SAMPLED),
     "mopo, sum, 512 MiB": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum", workspace_bytes=2**29),
     "mopo, per row, 512 MiB": lambda h, w, t: -linear_logprob(h, w, t, workspace_bytes=2**29).sum(),
 }
@@ -143,12 +145,13 @@ def dpo(rows: Loss) -> Loss:
     return loss
 
 
-def mopo(policy_step: Any) -> Loss:
+def mopo(policy_step: Any, **options: Any) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, ref_logp: Tensor) -> Tensor:
         pairs, device = len(target) // 2, hidden.device
         win_rate, group = win_rate_from_pairs(torch.ones(pairs, 1, device=device)), torch.arange(pairs, device=device)
         labels = win_rate, group.repeat(2), torch.ones(1, device=device)
-        return mopo_loss(hidden, weight, target, *labels, tau=TAU, policy_step=policy_step, ref_logp=ref_logp).loss
+        step = {"tau": TAU, "policy_step": policy_step, "ref_logp": ref_logp}
+        return mopo_loss(hidden, weight, target, *labels, **step, **options).loss
 
     return loss
 
@@ -166,6 +169,8 @@ def liger_pairs(name: str, **options: Any) -> Loss:
 PAIRS = {
     "mopo_loss clone": mopo("clone"),
     "mopo_loss contrast": mopo("contrast"),
+    "mopo_loss clone, sampled 1/64": mopo("clone", grad_sampling=SAMPLED),
+    "mopo_loss contrast, sampled 1/64": mopo("contrast", grad_sampling=SAMPLED),
     "eager DPO": dpo(eager_rows),
     "TRL ChunkedLogProbFunction DPO": dpo(trl_rows),
     # as with a reference computed beforehand
