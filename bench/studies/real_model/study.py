@@ -1,6 +1,6 @@
 """Does a real model hold what was asked? SmolLM2-135M-Instruct; runs what is not in the results yet:
 
-    python -m bench.studies.real_model.study bench/results/real_model [--part tune demo human] [--seeds 0 1 2]
+    python -m bench.studies.real_model.study bench/results/real_model [--part tune demo …] [--seeds 0 1 2]
 
 Every run is one JSON line of runs.jsonl, written when it is known, its texts a file under texts/. A killed study goes
 on where it was, several processes may work on one directory, and more seeds are more of the same.
@@ -35,6 +35,7 @@ TUNED_BY = {"clone": "clone, fresh", "contrast": "contrast, fresh", "dpo": "DPO,
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 HARDLY = 0.01  # of a value on the tuning prompts, whose win rates are known to some 0.08
+FIRST = ("clone, fresh", "clone", "contrast, fresh", "DPO, weights")
 SCRATCH = Path("runs/real_model")
 
 Row = dict[str, Any]
@@ -214,14 +215,20 @@ def best_rates(rows: list[Row]) -> dict[str, float]:
 
 def demo(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
     """The demo's data; what matters most first."""
-    first, second = ("clone, fresh", "clone", "contrast, fresh", "DPO, weights"), ("clone, fresh, twice as long",)
-    for names in (first, second, [name for name in CONTESTANTS if name not in first + second]):
+    for names in (FIRST, ["clone, fresh, twice as long"]):
         for seed in seeds:
             for name in names:
                 yield tuned(rows, "demo", name, seed)
 
 
-def human(rows: list[Row], seeds: Iterable[int] = SEEDS[:1]) -> Iterator[Run]:
+def rest(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
+    """The demo's data, the other contestants."""
+    for seed in seeds:
+        for name in CONTESTANTS:
+            yield tuned(rows, "demo", name, seed)
+
+
+def human(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
     """Human labels on texts of other systems, at the demo's learning rates; data that are not here are left out."""
     for seed in seeds:
         for data in ("qa-feedback", "hh-harmless"):
@@ -234,7 +241,7 @@ def tuned(rows: list[Row], data: str, name: str, seed: int) -> Run:
     return Run(data, name, best_rates(rows)[CONTESTANTS[name].step], seed)
 
 
-PARTS: dict[str, Callable[..., Iterator[Run]]] = {"tune": tune, "demo": demo, "human": human}
+PARTS: dict[str, Callable[..., Iterator[Run]]] = {"tune": tune, "demo": demo, "human": human, "rest": rest}
 
 
 def main() -> None:
