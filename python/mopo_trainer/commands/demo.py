@@ -5,7 +5,8 @@ responses of the model itself to each) carry three objectives that conflict, com
 brevity and plain language. Friendliness alone is bought with length; under thresholds it must not be.
 
 1. the labels: which thresholds are attainable, what they cost (`mopo_trainer.commands.solve`);
-2. two LoRA adapters: the primary alone, and MOPO under thresholds (`MOPOTrainer`);
+2. two LoRA adapters: the primary alone, and MOPO under thresholds (`MOPOTrainer`), for which the labels are asked what
+   groups of their size need if fresh texts shall hold them;
 3. held-out prompts: texts of the base model and of both, and win rates against the base model with intervals.
 
 How many steps, prompts and texts fit the minutes is decided once, from a few steps and tokens timed on the machine. The
@@ -58,6 +59,7 @@ from mopo_trainer.data.scorers import BUILT_IN
 from mopo_trainer.files import atomic_path, write_json
 from mopo_trainer.report import plots
 from mopo_trainer.report.evaluate import Interval, bootstrap_interval, sampled_win_rates
+from mopo_trainer.report.evidence import within_group
 from mopo_trainer.report.tables import new_table
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.trainer import MOPOTrainer
@@ -145,11 +147,13 @@ def run_demo(
     console.print(problem.headline, style="bold", soft_wrap=True)
     analysis = analyse(problem, THRESHOLDS, points=settings.sweep_points)
     print_report(analysis, console)
+    asked = what_labels_need(THRESHOLDS, train_groups)
+    console.print(f"Training asks these labels for {_list(asked)}: so much is {_list(THRESHOLDS)} against new texts.")
 
     console.rule("2. Training and sampling")
     whole = Sizes(settings.steps, len(test_groups), settings.num_samples)
     if journal.decision is None:
-        rates = _measure(run, problem, train_groups, test_groups["prompt"], settings, start)
+        rates = _measure(run, problem, train_groups, asked, test_groups["prompt"], settings, start)
         sizes = fit(rates, minutes, whole, keep_steps=steps is not None)
         journal.decide(rates, sizes)
     else:
@@ -158,7 +162,7 @@ def run_demo(
     console.print(describe(rates, sizes, minutes, whole), soft_wrap=True)
     settings = replace(settings, steps=sizes.steps, num_samples=sizes.num_samples, batch_size=rates.batch_size)
     prompts = spread(test_groups["prompt"], sizes.prompts)
-    for name, thresholds in {BASE: None, ALONE: {}, MOPO: THRESHOLDS}.items():
+    for name, thresholds in {BASE: None, ALONE: {}, MOPO: asked}.items():
         if name not in journal.done:
             journal.finish(name, _stage(run, name, thresholds, train_groups, prompts, settings))
 
@@ -172,7 +176,7 @@ def run_demo(
     _print_texts(console, prompts, texts)
     seconds["total"] = time.perf_counter() - start
     results = {
-        "settings": asdict(settings) | {"tiny": tiny, "seed": seed, "thresholds": THRESHOLDS},
+        "settings": asdict(settings) | {"tiny": tiny, "seed": seed, "thresholds": THRESHOLDS, "asked": asked},
         "budget": {
             "minutes": minutes,
             "rates": asdict(rates),
@@ -201,6 +205,12 @@ def run_demo(
     return 0
 
 
+def what_labels_need(thresholds: Mapping[str, float], groups: Dataset) -> dict[str, float]:
+    """What the labels are asked so that texts the model has yet to write hold `thresholds`: `mopo solve` says why."""
+    size = len(groups[0]["responses"])
+    return {name: round(within_group(bound, size), 3) for name, bound in thresholds.items()}
+
+
 @dataclass(frozen=True)
 class Run:
     """Where, and with which model and seed."""
@@ -215,7 +225,13 @@ class Run:
 
 
 def _measure(
-    run: Run, problem: LabelProblem, groups: Dataset, prompts: Sequence[str], settings: Settings, start: float
+    run: Run,
+    problem: LabelProblem,
+    groups: Dataset,
+    asked: Mapping[str, float],
+    prompts: Sequence[str],
+    settings: Settings,
+    start: float,
 ) -> Rates:
     """Times a few tokens of sampling in batches of each size, and three steps of a training under thresholds."""
     run.console.print("Timing a few tokens and three training steps on this machine", style="dim")
@@ -237,8 +253,8 @@ def _measure(
 
     batch, text, batch_size = drawing_rates(*map(draw, BATCH_SIZES))
     with Stopwatch() as training:
-        timed = _train(run, model, tokenizer, groups, THRESHOLDS, replace(settings, steps=3))[2]
-    enter = [_characters(problem, groups, thresholds, settings) for thresholds in ({}, THRESHOLDS)]
+        timed = _train(run, model, tokenizer, groups, asked, replace(settings, steps=3))[2]
+    enter = [_characters(problem, groups, thresholds, settings) for thresholds in ({}, asked)]
     return Rates(
         spent=time.perf_counter() - start,
         # the figure at the end solves about as often as the tables at the beginning
@@ -463,7 +479,11 @@ def _mean_words(texts: Sequence[Sequence[str]]) -> float:
 
 
 def _describe(thresholds: Mapping[str, float]) -> str:
-    return "under " + " and ".join(f"{name} ≥ {bound:g}" for name, bound in thresholds.items()) if thresholds else ""
+    return f"under {_list(thresholds)}" if thresholds else ""
+
+
+def _list(thresholds: Mapping[str, float]) -> str:
+    return " and ".join(f"{name} ≥ {bound:g}" for name, bound in thresholds.items())
 
 
 def _win_rate_table(results: Mapping[str, Any]) -> Table:

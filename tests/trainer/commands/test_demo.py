@@ -49,6 +49,18 @@ def test_thresholds_reach_the_training(finished):
         assert all(("threshold/brevity" in row) == constrained for row in steps)
 
 
+def test_the_labels_are_asked_what_fresh_texts_need(run):
+    results = json.loads((run[0] / "results.json").read_text())
+    assert results["settings"]["asked"] == {
+        "brevity": 0.667,
+        "plain_language": 0.583,
+    }  # (5 b - 1) / 3 in groups of four
+    steps = [row for row in results["log_history"][MOPO] if "loss" in row]
+    for name, bound in results["settings"]["asked"].items():
+        assert all(row[f"threshold/{name}"] == bound for row in steps)
+    assert "brevity ≥ 0.667 and plain_language ≥ 0.583" in " ".join(run[1].split())
+
+
 def test_results_hold_every_figure_of_the_tables(finished):
     results = json.loads((finished / "results.json").read_text())
     models = results["held_out"]["models"]
