@@ -26,6 +26,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from mopo_trainer.integrations.trl import MOPODPOTrainer, add_mopo_head
+from mopo_trainer.integrations.trl.dpo import _pairs
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +266,12 @@ def test_groups_of_any_size(folder, tmp_path, tokenizer, policy_step):
 
 
 @pytest.mark.slow
+def test_a_group_is_laid_out_the_best_beside_the_worst():
+    """An unlabelled response counts as one half; the odd one out stands beside a copy of the worst."""
+    assert _pairs(torch.tensor([0.2, 0.9, torch.nan, 0.4, 0.1])) == [(1, 4, False), (2, 0, False), (3, 4, True)]
+    assert _pairs(torch.tensor([0.1, 0.9])) == [(0, 1, False)], "the user's chosen stays chosen"
+
+
 def test_groups_train_evaluate_and_resume(folder, tmp_path, tokenizer):
     rows = groups_of([4, 3, 4, 2, 5, 4, 3, 3])
     options = {"rows": rows, "trainer": {"eval_dataset": Dataset.from_list(rows[:3]), "dual_update": "sgd"}}

@@ -1,5 +1,6 @@
 """A training step without a model: the responses it keeps, what the dual and the log get, micro-batches."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,19 @@ def test_logs_are_means_and_sums_since_the_last_log(monkeypatch):
     logs = record.metrics(dual, ALONE)
     assert logs["kl"] == pytest.approx(float(values[1].kl))
     assert (logs["skipped_tokens"], logs["tokens_per_second"]) == (skipped[1], tokens[1] / 5)
+
+
+def test_tokens_and_router_losses_are_those_of_all_ranks():
+    """A test double of accelerate's reduce, by which another rank has as much as this one again."""
+    pair = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda x, reduction: {"sum": 2 * x}[reduction])
+    found = []
+    for accelerator in (ALONE, pair):
+        dual, record = make_dual(update="exact"), StepRecord(least_weight=0.1)
+        record.add(replace(step_of(*make_batch(1), dual), router_loss=torch.tensor(0.7)))
+        record.move(dual)
+        found.append(record.metrics(dual, accelerator))
+    assert found[1]["skipped_tokens"] == 2 * found[0]["skipped_tokens"] > 0
+    assert found[1]["router_loss"] == found[0]["router_loss"] == pytest.approx(0.7)
 
 
 def test_an_objective_that_one_batch_leaves_unlabelled_is_logged_from_the_others():

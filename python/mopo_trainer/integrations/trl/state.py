@@ -35,7 +35,7 @@ class KeepsDual(Trainer):
             return
         if not Path(checkpoint, STATE_FILE).is_file():
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: it holds no multipliers ({STATE_FILE}); start a new run"
+                f"resume_from_checkpoint={checkpoint}: it holds no multipliers ({STATE_FILE}); take an earlier one, or start anew"
             )
         try:
             state = RunState.read(Path(checkpoint))
