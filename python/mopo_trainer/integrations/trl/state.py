@@ -35,7 +35,8 @@ class KeepsDual(Trainer):
             return
         if not Path(checkpoint, STATE_FILE).is_file():
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: it holds no multipliers ({STATE_FILE}); take an earlier one, or start anew"
+                f"resume_from_checkpoint={checkpoint}: it holds no multipliers ({STATE_FILE}); take an earlier one, or "
+                "start a new run"
             )
         try:
             state = RunState.read(Path(checkpoint))
