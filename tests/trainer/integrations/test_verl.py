@@ -81,6 +81,13 @@ def test_advantages_are_those_of_the_score_and_multipliers_move(verl, tmp_path):
     assert advantage(verl, config) == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_is_not_scored_takes_no_side(verl, tmp_path):
+    config = configuration(tmp_path, thresholds={"concise": 0.9})
+    for _ in range(2):  # the multiplier is above 0 in the second batch
+        found = advantage(verl, config, concise=(0.5, 1.0, 0.5, 1.0, 0.0, None))
+    assert found[1::2] == pytest.approx([0.5, 0, -0.5], abs=1e-6)
+
+
 def test_verls_kl_in_the_reward_counts(verl, tmp_path):
     """The first three responses are 0.3 farther from the reference: two of prompt a, one of prompt b."""
     found = advantage(verl, configuration(tmp_path), penalty=0.3)
