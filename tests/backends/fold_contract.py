@@ -349,6 +349,11 @@ def check_extreme_samples(fold, device):
     assert values[3, 41] == 0
     assert running[2:].tolist() == uniform[2:].tolist()
 
+    arguments = logits[2:3], target[:1], lse[2:3], uniform[1:2], 1.0  # a floor that p is to the bit
+    samples, running = fold_sample(fold, *arguments, TRANSFORMS[0], None, [columns])
+    assert dense(samples, columns)[0][0].nonzero().tolist() == [[40]]
+    assert running.tolist() == uniform[1:2].tolist()
+
     logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)).to(device)
     zeros = torch.zeros(3, dtype=torch.float64, device=device)
     lse, _, p, _ = exact_fold(logits, target[:3], zeros, TRANSFORMS[0])
