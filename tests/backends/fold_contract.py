@@ -349,10 +349,16 @@ def check_extreme_samples(fold, device):
     assert values[3, 41] == 0
     assert running[2:].tolist() == uniform[2:].tolist()
 
-    arguments = logits[2:3], target[:1], lse[2:3], uniform[1:2], 1.0  # a floor that p is to the bit
-    samples, running = fold_sample(fold, *arguments, TRANSFORMS[0], None, [columns])
-    assert dense(samples, columns)[0][0].nonzero().tolist() == [[40]]
-    assert running.tolist() == uniform[1:2].tolist()
+    far = torch.full((1, 3000), -200.0, device=device).index_fill(1, torch.tensor([5], device=device), 0.0)
+    arguments = torch.tensor([2900], device=device), lse[2:3], uniform[2:3], floor, TRANSFORMS[0], None, [3000]
+    assert dense(fold_sample(fold, far, *arguments)[0], 3000)[1][0].nonzero().tolist() == [[5], [2900]]
+
+    equal, half = torch.zeros(1, 4, dtype=torch.float64, device=device), uniform[:1] * 0 + 0.5
+    arguments = equal, target[:1], half + math.log(4) - 0.5, half
+    p = dense(fold_sample(fold, *arguments, 1e-3, TRANSFORMS[0], None, [4])[0], 4)[0]
+    samples, running = fold_sample(fold, *arguments, p[0, 0].item(), TRANSFORMS[0], None, [4])
+    assert torch.equal(dense(samples, 4)[0], p)  # what equals the floor is exact
+    assert torch.equal(running, half)
 
     logits = torch.randn(3, columns, generator=torch.Generator().manual_seed(0)).to(device)
     zeros = torch.zeros(3, dtype=torch.float64, device=device)
