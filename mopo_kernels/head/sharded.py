@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mopo_kernels.backends.fold import Samples, Statistics
 from mopo_kernels.head.call import Gradients, HeadInputs
-from mopo_kernels.head.plan import accumulate_dtype
 from mopo_kernels.head.rows import Rows, put, take
 from mopo_kernels.head.shard import Shard, add_up, gather, group_of
 from mopo_kernels.head.tiles import TileEngine
@@ -46,8 +45,9 @@ class ShardedEngine:
     def finish(self) -> Gradients:
         grad_hidden, *others = self.engine.finish()
         if grad_hidden is not None:
-            part = take(grad_hidden, self.counted, accumulate_dtype(grad_hidden.dtype))
-            put(grad_hidden, self.counted, add_up(part.contiguous(), self.group))
+            total = add_up(take(grad_hidden, self.counted, grad_hidden.dtype).contiguous(), self.group)
+            put(grad_hidden, self.counted, total)
+            grad_hidden = grad_hidden.to(self.engine.inputs.hidden.dtype)
         return grad_hidden, others[0], others[1]
 
 

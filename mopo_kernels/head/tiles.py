@@ -53,7 +53,9 @@ class TileEngine:
         self.out: Tensor | None = None  # where gradients go that must not overwrite the logits
         if kept is not None and any(call.needs):
             self.out = new_empty(inputs.weight, (rows, plan.column_block), plan.compute)
-        self.grad_hidden = inputs.hidden.new_zeros(inputs.hidden.shape) if needs_hidden else None
+        # A split head's sum goes on over the processes, whose parts cancel: rounded to 16 bits they would not.
+        sum_dtype = inputs.hidden.dtype if call.shard is None else self.accumulate
+        self.grad_hidden = inputs.hidden.new_zeros(inputs.hidden.shape, dtype=sum_dtype) if needs_hidden else None
         parts = sum(-(-count(block) // plan.row_block) for block in blocks)
         # With one block each column is summed once, so weight's own dtype will do, unless the tile stands there.
         dtype = inputs.weight.dtype if parts == 1 and not plan.lent else self.accumulate

@@ -112,6 +112,23 @@ def frozen(rank, sizes):
     return pairs(*results), []
 
 
+def cancelling(rank):
+    """Errors of grad_hidden, split and whole, where the rows of a 16-bit weight have a common part, which cancels."""
+    generator = torch.Generator().manual_seed(0)
+    common, noise, hidden = (torch.randn(shape, generator=generator) for shape in ((H,), (V, H), (N, H)))
+    weight, hidden = (3 * common + 0.1 * noise).bfloat16(), (0.3 * hidden).bfloat16()
+    target = torch.randint(0, 200, (N,), generator=generator)
+
+    def gradient(head, dtype, **options):
+        mine = hidden.to(dtype, copy=True).requires_grad_()
+        linear_logprob(mine, head.to(dtype), target, **options).sum().backward()
+        return mine.grad.double()
+
+    truth = gradient(weight, torch.float64, backend="reference")
+    split = gradient(weight[columns(SIZES["uneven"], rank)], torch.bfloat16, vocab_group=dist.group.WORLD)
+    return [((x - truth).norm() / truth.norm()).item() for x in (split, gradient(weight, torch.bfloat16))]
+
+
 def sampled(rank, sizes, rows="same", **options):
     """The entries drawn of a split head are those of the whole one: the first rank's random numbers, one sum."""
     *inputs, target, upstream = numbers()
@@ -308,4 +325,5 @@ def checks():
 
 def run(rank):
     results = {name: check(rank) for name, check in checks().items()}
-    return {"checks": results, "compiled": compiled(rank), "bytes": bytes_sent(rank), "errors": errors(rank)}
+    found = {"compiled": compiled(rank), "bytes": bytes_sent(rank), "errors": errors(rank)}
+    return {"checks": results, "cancelling": cancelling(rank), **found}

@@ -34,6 +34,12 @@ def test_a_split_head_is_the_whole_one(ranks, name):
         assert_same(gradients, GRADIENT)
 
 
+def test_parts_of_a_16_bit_gradient_are_added_up_before_they_are_rounded(ranks):
+    for rank in ranks:
+        split, whole = rank["cancelling"]
+        assert split <= 1.1 * whole
+
+
 def test_every_rank_has_the_same_bits(ranks):
     for name in checks():
         if "same rows" in name:
