@@ -110,7 +110,8 @@ inline Sampling sampling_of(const Tile& tile, const Samples& samples, const std:
 // Of values with rows of a matrix.
 inline void check_product(DType values, const Matrix& matrix, const Matrix& out) {
     check_values(values, matrix.dtype);
-    if (matrix.dtype != out.dtype) throw std::invalid_argument("a product has the dtype of its matrix");
+    if (out.dtype != matrix.dtype && out.dtype != values)
+        throw std::invalid_argument("a product has the dtype of its matrix or of the values");
     if (matrix.columns != out.columns) throw std::invalid_argument("sizes of matrix and product do not fit");
 }
 

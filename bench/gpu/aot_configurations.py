@@ -102,7 +102,8 @@ def of_fold() -> list[Configuration]:
 
 
 def of_sample() -> list[Configuration]:
-    """Those of all dtypes and options, of vocabularies that are whole vectors and not; and of hidden sizes likewise."""
+    """Those of all dtypes and options, of vocabularies that are whole vectors and not; of hidden sizes likewise, with
+    sums in their own dtype and in the values'."""
     with recorded() as found:
         for dtype, softcap, with_bias in itertools.product(DTYPES, *[(False, True)] * 2):
             work = torch.promote_types(dtype, torch.float32)
@@ -116,7 +117,10 @@ def of_sample() -> list[Configuration]:
             work = torch.promote_types(dtype, torch.float32)
             edges, index = torch.empty(9, dtype=torch.int64), torch.empty(20, dtype=torch.int32)
             lists = Lists(edges[:-1], edges[1:], index, torch.empty(20, dtype=work))
-            sum_rows(lists, torch.empty(512, hidden_size, dtype=dtype), torch.empty(8, hidden_size, dtype=dtype))
+            for out_dtype in dict.fromkeys((dtype, work)):
+                sum_rows(
+                    lists, torch.empty(512, hidden_size, dtype=dtype), torch.empty(8, hidden_size, dtype=out_dtype)
+                )
     return found
 
 

@@ -76,14 +76,16 @@ def _read(report: str) -> list[Resources]:
 
 
 def _readable(mangled: str) -> str:
-    """The kernel of a mangled name, with its element type if it is a template, and whether it computes more."""
+    """The kernel of a mangled name, with its element type if it is a template, that of its results if it is another,
+    and whether it computes more."""
     types = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
-    match = re.search(r"\d([a-z_]+_kernel)(?:I(\w+?)(Lb[01])?E)?", mangled)
+    match = re.search(rf"\d([a-z_]+_kernel)(?:I({'|'.join(types)})([fd]|S\d*_)?(Lb[01])?E)?", mangled)
     if match is None:
         raise ValueError(f"no kernel in {mangled!r}")
     if match[2] is None:
         return match[1]
-    return f"{match[1]}<{types[match[2]]}{', more' if match[3] == 'Lb1' else ''}>"
+    elements = dict.fromkeys(types[x] for x in match.groups()[1:3] if x in types)
+    return f"{match[1]}<{', '.join([*elements, *(['more'] if match[4] == 'Lb1' else [])])}>"
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ void fold_gradient(const Tile& tile, const Transform& transform, const GradientR
 void fold_sample(const Tile& tile, const Transform& transform, const Sampling& sampling, const Samples& samples,
                  int threads);
 
-// out[r] = sum of values[r, j] * weight[columns[r, j]]: what a sampled matrix times the weight is. Floor: a row of weight
-// read for each entry.
+// out[r] = sum of values[r, j] * weight[columns[r, j]]: what a sampled matrix times the weight is, in the dtype of the
+// weight or of the values. Floor: a row of weight read for each entry.
 void sample_hidden(const Samples& samples, const Matrix& weight, const Matrix& out, int threads);
 
 // out[v] = sum of values[r, j] * hidden[r] over the entries of column v, in the order of the rows: its transpose times
@@ -74,7 +74,7 @@ struct RowSum {
     const int32_t* rows;  // [count]
     const void* values;  // [count]
     int64_t count;
-    void* total;  // [columns] scratch, in the dtype of the values
+    void* total;  // [columns] scratch in the dtype of the values, or null: `out` has that dtype, and is summed in place
     void* out;
 };
 

@@ -241,12 +241,11 @@ void sum_of_rows(const RowSum& sum) {
     const Matrix& matrix = *sum.matrix;
     const int64_t columns = matrix.columns, whole = columns / V::width * V::width;
     const int rest = static_cast<int>(columns - whole);
-    T* out = static_cast<T*>(sum.out);
     if (sum.count == 0) {  // as most columns of a large vocabulary
-        std::memset(out, 0, columns * sizeof(T));
+        std::memset(sum.out, 0, columns * (sum.total ? sizeof(T) : sizeof(scalar)));
         return;
     }
-    auto* total = static_cast<scalar*>(sum.total);
+    auto* total = static_cast<scalar*>(sum.total ? sum.total : sum.out);
     std::memset(total, 0, columns * sizeof(scalar));
     for (int64_t j = 0; j < sum.count; ++j) {
         const auto row_at = [&](int64_t entry) {
@@ -262,6 +261,8 @@ void sum_of_rows(const RowSum& sum) {
         if (rest)
             V::store(total + whole, V::fma(value, V::load(row + whole, rest, 0), V::load(total + whole, rest, 0)), rest);
     }
+    if (!sum.total) return;
+    T* out = static_cast<T*>(sum.out);
     for (int64_t i = 0; i < whole; i += V::width) V::store(out + i, V::load(total + i));
     if (rest) V::store(out + whole, V::load(total + whole, rest, 0), rest);
 }

@@ -1,5 +1,6 @@
 // Sampling of rows, and the products of what was sampled: loops over rows and columns.
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "fold.h"
@@ -16,6 +17,11 @@ char* value_at(const Samples& samples, int64_t place) {
 
 char* row_of(const Matrix& matrix, int64_t row) {
     return static_cast<char*>(matrix.data) + row * matrix.row_stride * element_size(matrix.dtype);
+}
+
+// Room for the sum of a row, where `out` itself is none.
+std::unique_ptr<double[]> scratch(const Samples& samples, const Matrix& out) {
+    return std::unique_ptr<double[]>(out.dtype == samples.dtype ? nullptr : new double[out.columns]);
 }
 
 // Entries by column, and in a column by row: those of column v stand at start[v] .. start[v + 1] - 1.
@@ -71,11 +77,11 @@ void sample_hidden(const Samples& samples, const Matrix& weight, const Matrix& o
     const auto sum = current_kernels().sum[static_cast<int>(weight.dtype)];
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<double> total(weight.columns);
+        const auto total = scratch(samples, out);
 #pragma omp for schedule(dynamic, ROWS_AT_A_TIME)
         for (int64_t row = 0; row < samples.rows; ++row) {
             const int64_t place = row * samples.capacity;
-            sum({&weight, samples.columns + place, value_at(samples, place), samples.counts[row], total.data(),
+            sum({&weight, samples.columns + place, value_at(samples, place), samples.counts[row], total.get(),
                  row_of(out, row)});
         }
     }
@@ -86,12 +92,12 @@ void sample_weight(const Samples& samples, const Matrix& hidden, const Matrix& o
     const ByColumn sorted = by_column(samples, out.rows);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<double> total(hidden.columns);
+        const auto total = scratch(samples, out);
 #pragma omp for schedule(dynamic, COLUMNS_AT_A_TIME)
         for (int64_t column = 0; column < out.rows; ++column) {
             const int64_t first = sorted.start[column], count = sorted.start[column + 1] - first;
             sum({&hidden, sorted.rows.data() + first, sorted.values.data() + first * element_size(samples.dtype), count,
-                 total.data(), row_of(out, column)});
+                 total.get(), row_of(out, column)});
         }
     }
 }

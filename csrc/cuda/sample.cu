@@ -272,7 +272,7 @@ __device__ void store_part(T* address, const Vector<T>& x, int64_t size) {
         if (i < size) address[i] = x.at[i];
 }
 
-template <class T>
+template <class T, class Out>
 __global__ void __launch_bounds__(SUM_THREADS) sum_rows_kernel(Lists lists, Matrix matrix, Matrix out, int64_t parts) {
     using A = Wide<T>;
     constexpr int WIDTH = Vector<T>::WIDTH;
@@ -294,9 +294,13 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_rows_kernel(Lists lists, Matr
             for (int i = 0; i < WIDTH; ++i) total[i] += value[first + e] * widened(x[e].at[i]);
         }
     }
-    Vector<T> sum;
-    for (int i = 0; i < WIDTH; ++i) sum.at[i] = narrowed<T>(total[i]);
-    store_part(static_cast<T*>(out.data) + list * out.row_stride + column, sum, size);
+    Out* sums = static_cast<Out*>(out.data) + list * out.row_stride + column;
+#pragma unroll
+    for (int first = 0; first < WIDTH; first += Vector<Out>::WIDTH) {
+        Vector<Out> sum;
+        for (int i = 0; i < Vector<Out>::WIDTH; ++i) sum.at[i] = narrowed<Out>(total[first + i]);
+        store_part(sums + first, sum, size - first);
+    }
 }
 
 }  // namespace
@@ -314,7 +318,8 @@ void sum_rows(const Lists& lists, const Matrix& matrix, const Matrix& out, cudaS
     by_dtype(matrix.dtype, [&](auto element) {
         using T = decltype(element);
         const int64_t parts = ceil_div(out.columns, SUM_THREADS * Vector<T>::WIDTH);
-        launch(sum_rows_kernel<T>, out.rows * parts, SUM_THREADS, stream, lists, matrix, out, parts);
+        const auto kernel = out.dtype == matrix.dtype ? sum_rows_kernel<T, T> : sum_rows_kernel<T, Wide<T>>;
+        launch(kernel, out.rows * parts, SUM_THREADS, stream, lists, matrix, out, parts);
     });
 }
 

@@ -159,14 +159,15 @@ class Fold(Protocol):
         """Append the entries of q · dz/dlogit, tile by tile in the order of the columns."""
 
     def sample_hidden(self, samples: Samples, weight: Tensor, out: Tensor) -> None:
-        """out[r] ← Σ_j values[r, j] · weight[columns[r, j]], all of out [R, H], which has weight's dtype.
+        """out[r] ← Σ_j values[r, j] · weight[columns[r, j]], all of out [R, H].
 
-        Summed in the dtype of the values and rounded once. Weight [V, H] and out are row-major, rows any stride apart.
+        Summed in the dtype of the values and rounded once to that of out: weight's, or the values' own for a sum that
+        goes on elsewhere. Weight [V, H] and out are row-major, rows any stride apart.
         """
 
     def sample_weight(self, samples: Samples, hidden: Tensor, out: Tensor) -> None:
-        """out[v] ← Σ_{r, j: columns[r, j] = v} values[r, j] · hidden[r], all of out [V, H], which has hidden's dtype.
+        """out[v] ← Σ_{r, j: columns[r, j] = v} values[r, j] · hidden[r], all of out [V, H].
 
-        Summed in the dtype of the values and rounded once. Hidden [R, H] and out as in `sample_hidden`. On a CPU, and
-        on a GPU where torch is deterministic, each column is summed in the order of the rows.
+        Summed, rounded and laid out as in `sample_hidden`. On a CPU, and on a GPU where torch is deterministic, each
+        column is summed in the order of the rows.
         """

@@ -115,11 +115,12 @@ def sampled_gradients(
     needs_hidden, needs_weight, needs_bias = options.needs
     grad_hidden = grad_weight = grad_bias = None
     if needs_hidden:
-        grad_hidden = new_empty(hidden, hidden.shape, hidden.dtype)
+        # A split head's sum goes on over the processes, whose parts cancel: rounded to 16 bits they would not.
+        sum_dtype = hidden.dtype if options.shard is None else values.dtype
+        grad_hidden = new_empty(hidden, hidden.shape, sum_dtype)
         fold.sample_hidden(samples, _row_major(weight), grad_hidden)
         if options.shard is not None:
-            total = add_up(grad_hidden.to(values.dtype), group_of(options.shard.group))
-            grad_hidden = total.to(hidden.dtype)
+            grad_hidden = add_up(grad_hidden, group_of(options.shard.group)).to(hidden.dtype)
     if needs_weight:
         grad_weight = new_empty(weight, weight.shape, weight.dtype)
         fold.sample_weight(samples, _row_major(hidden), grad_weight)

@@ -380,12 +380,13 @@ def check_sample_products(fold, device, dtype, *, rows=9, vocab=70, width=37, ca
     samples = Samples(*(x.to(device) for x in (columns.where(within, -1).int(), values.where(within, 0), counts.int())))
     matrix = torch.zeros(rows, vocab, dtype=torch.float64)
     matrix.index_put_((within.nonzero()[:, 0], columns[within]), values[within].double(), accumulate=True)
-    for product, size, left in ((fold.sample_hidden, vocab, matrix), (fold.sample_weight, rows, matrix.T)):
+    products = (fold.sample_hidden, vocab, matrix), (fold.sample_weight, rows, matrix.T)
+    for (product, size, left), out_dtype in itertools.product(products, {dtype, work}):
         right = torch.randn(size, width + 5, generator=generator).to(device, dtype)[:, 2 : 2 + width]
-        out = torch.full((len(left), width + 3), math.nan, dtype=dtype, device=device)
+        out = torch.full((len(left), width + 3), math.nan, dtype=out_dtype, device=device)
         product(samples, right, out[:, :width])
         expected = left @ right.double().cpu()
-        bound = left.abs() @ right.double().cpu().abs() * ULP[work] * 8 + expected.abs() * ULP[dtype]
-        bound += torch.finfo(dtype).tiny * ULP[dtype]  # results below the smallest normal number
+        bound = left.abs() @ right.double().cpu().abs() * ULP[work] * 8 + expected.abs() * ULP[out_dtype]
+        bound += torch.finfo(out_dtype).tiny * ULP[out_dtype]  # results below the smallest normal number
         assert ((out[:, :width].cpu().double() - expected).abs() <= bound).all()
         assert out[:, width:].isnan().all()

@@ -23,7 +23,7 @@ STACK_BYTES = {"BLOCK_B=1024": 64, "BLOCK_B=8192": 4096}
 CUT = "[of_cut(kernel, torch.bfloat16, TABLE['{architecture}']['bfloat16'][kernel])[0] for kernel in {kernels}]"
 FOLD = "[x for x in of_fold() if 'row_stride=50257' in x.name and 'ALIGN=16' in x.name and 'bias=None' not in x.name]"
 HALF = f"[x for x in {FOLD} if 'bf16' in x.name and 'SOFTCAP=True' in x.name]"
-SAMPLE = "[x for x in of_sample() if 'bf16' in x.name and 'stride' in x.name][-2:]"  # one of each kernel
+SAMPLE = "list({x.kernel.__name__: x for x in of_sample() if 'bf16' in x.name and 'stride' in x.name}.values())"
 BATCH = "[x for x in of_batch() if 'BLOCK_L' in x.name or 'BLOCK_B=1024' in x.name][::2]"
 
 COMPILE = """

@@ -264,7 +264,7 @@ def test_the_binding_refuses_samples_that_do_not_fit(emulated):
         ((0, 1, 1), (1, "float32"), matrix, "a per-row array is missing"),
         ((1, 1, 1), (1, "float64"), matrix, "float32 beside what is narrower"),
         ((1, 1, 1), (1, "bfloat16"), matrix, "float32 beside what is narrower"),
-        ((1, 1, 1), (1, "float32"), module.Matrix((1, "float32"), (3, 8), 8), "has the dtype of its matrix"),
+        ((1, 1, 1), (1, "float32"), module.Matrix((1, "float16"), (3, 8), 8), "has the dtype of its matrix or of"),
         (
             (1, 1, 1),
             (1, "float32"),
@@ -424,11 +424,11 @@ REGISTERS["sum_rows_kernel"] = 64  # of 128 threads
 )
 def test_no_kernel_spills_and_registers_leave_room_for_several_blocks(names):
     resources = cuda_report.kernel_resources(names)
-    assert len(resources) == 30 * len(names)
+    assert len(resources) == 32 * len(names)
     for found in resources:
         assert found.spill_bytes == found.stack_bytes == 0, found
         assert found.registers <= REGISTERS.get(found.kernel.split("<")[0], 168), found
-    assert cuda_report.resource_table(resources).count("\n") == 31
+    assert cuda_report.resource_table(resources).count("\n") == 33
 
 
 @needs_nvcc

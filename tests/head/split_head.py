@@ -113,20 +113,32 @@ def frozen(rank, sizes):
 
 
 def cancelling(rank):
-    """Errors of grad_hidden, split and whole, where the rows of a 16-bit weight have a common part, which cancels."""
+    """Errors of grad_hidden where the rows of a 16-bit weight have a common part, which cancels.
+
+    Of the split head's gradient and the whole one's against float64's; of the split head's sampled gradient against the
+    whole one's, whose entries are the same.
+    """
     generator = torch.Generator().manual_seed(0)
     common, noise, hidden = (torch.randn(shape, generator=generator) for shape in ((H,), (V, H), (N, H)))
     weight, hidden = (3 * common + 0.1 * noise).bfloat16(), (0.3 * hidden).bfloat16()
     target = torch.randint(0, 200, (N,), generator=generator)
 
     def gradient(head, dtype, **options):
+        torch.manual_seed(1)
         mine = hidden.to(dtype, copy=True).requires_grad_()
         linear_logprob(mine, head.to(dtype), target, **options).sum().backward()
         return mine.grad.double()
 
+    def split_and_whole(**options):
+        shard = weight[columns(SIZES["uneven"], rank)]
+        split = gradient(shard, torch.bfloat16, vocab_group=dist.group.WORLD, **options)
+        return split, gradient(weight, torch.bfloat16, **options)
+
+    def error(x, truth):
+        return ((x - truth).norm() / truth.norm()).item()
+
     truth = gradient(weight, torch.float64, backend="reference")
-    split = gradient(weight[columns(SIZES["uneven"], rank)], torch.bfloat16, vocab_group=dist.group.WORLD)
-    return [((x - truth).norm() / truth.norm()).item() for x in (split, gradient(weight, torch.bfloat16))]
+    return [error(x, truth) for x in split_and_whole()], error(*split_and_whole(grad_sampling=0.02))
 
 
 def sampled(rank, sizes, rows="same", **options):
