@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
+import reprlib
 from collections.abc import Iterable
 
 import torch
@@ -51,11 +53,14 @@ def check_eps(eps: float) -> None:
 
 
 def check_grad_sampling(grad_sampling: float | None) -> None:
-    if grad_sampling is not None and not 0 < grad_sampling < 1:
-        raise ValueError(
-            f"grad_sampling must lie between 0 and 1 (1/64 is a good start), or be None for exact gradients; "
-            f"got {grad_sampling}"
-        )
+    is_number = isinstance(grad_sampling, numbers.Real) and not isinstance(grad_sampling, bool)
+    if grad_sampling is None or (is_number and 0 < grad_sampling < 1):
+        return
+    kind = "" if is_number else f", a {type(grad_sampling).__name__}: give a float"
+    raise ValueError(
+        "grad_sampling must be a number between 0 and 1 (1/64 is a good start), or None for exact gradients; "
+        f"got {reprlib.repr(grad_sampling)}{kind}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- labels

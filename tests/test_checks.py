@@ -86,6 +86,19 @@ BAD_HEADS = [
     ({"logit_scale": math.nan}, "logit_scale must be a positive number; got nan"),
     ({"workspace_bytes": 0}, "workspace_bytes=0 must be positive, or None"),
     ({"workspace_bytes": -1}, "workspace_bytes=-1 must be positive, or None"),
+    *(
+        (
+            {"grad_sampling": wrong},
+            rf"grad_sampling must be a number between 0 and 1 \(1/64 .* or None .*; got {found}$",
+        )
+        for wrong, found in (
+            ("0.1", "'0.1', a str: give a float"),
+            (True, "True, a bool: give a float"),
+            (torch.tensor(0.1), r"tensor\(0.1000\), a Tensor: give a float"),
+            (torch.tensor([0.1, 0.2]), r"tensor\(\[0.1000, 0.2000\]\), a Tensor: give a float"),
+            *((x, x) for x in (math.nan, math.inf, 0, 0.0, -0.5, 1, 64)),
+        )
+    ),
 ]
 BAD_LOGITS = [
     ({"target": changed(TARGET, V)}, r"target holds 9, outside \[0, 9\)"),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from mopo_kernels.checks import check_grad_sampling
 from mopo_trainer.thresholds import parse_thresholds
 from mopo_trainer.training.elsewhere import whats_instead
 from mopo_trainer.training.options import MOPOOptions
@@ -43,8 +44,7 @@ class MOPOConfig(MOPOOptions, TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if not 0 <= self.min_weight < 1:
             raise ValueError(f"min_weight={self.min_weight} must lie in [0, 1)")
-        if self.grad_sampling is not None and not 0 < self.grad_sampling < 1:
-            raise ValueError(f"grad_sampling={self.grad_sampling} must lie in (0, 1), or be unset for exact ones")
+        check_grad_sampling(self.grad_sampling)
         if not 0 < self.ratchet_beta <= 1:
             raise ValueError(f"ratchet_beta={self.ratchet_beta} must lie in (0, 1]")
         if self.lag_steps is not None and self.lag_steps < 1:
