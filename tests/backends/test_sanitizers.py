@@ -17,12 +17,14 @@ ISA_FLAGS = {
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-omit-frame-pointer"]
 
 
-FOLD = ["fold.cpp", "fold_portable.cpp", *ISA_FLAGS, PROGRAMS / "fold_test.cpp"]
+ROWS = ["fold.cpp", "fold_portable.cpp", *ISA_FLAGS]
+FOLD = [*ROWS, PROGRAMS / "fold_test.cpp"]
+SAMPLE = [*ROWS, "sample.cpp", PROGRAMS / "sample_test.cpp"]
 BATCH = ["batch.cpp", PROGRAMS / "batch_test.cpp"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sources", [FOLD, BATCH], ids=["fold", "batch"])
+@pytest.mark.parametrize("sources", [FOLD, SAMPLE, BATCH], ids=["fold", "sample", "batch"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds the x86 kernels")
 def test_the_kernels_run_clean_under_address_and_undefined_behaviour_sanitizers(sources, tmp_path):

@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "encode.h"
 #include "fold.h"
 
 namespace {
@@ -18,32 +19,6 @@ void expect_close(double got, double expected, double tolerance, const char* wha
     if (std::abs(got - expected) <= tolerance) return;
     std::printf("%s: got %.9g, expected %.9g (columns %lld)\n", what, got, expected, static_cast<long long>(columns));
     ++failures;
-}
-
-template <class T>
-T encode(double x);
-template <>
-float encode(double x) {
-    return static_cast<float>(x);
-}
-template <>
-double encode(double x) {
-    return x;
-}
-template <>
-mopo::bfloat16 encode(double x) {  // exact for the multiples of 1/8 below 16 used here
-    const float y = static_cast<float>(x);
-    uint32_t bits;
-    __builtin_memcpy(&bits, &y, 4);
-    return {static_cast<uint16_t>(bits >> 16)};
-}
-template <>
-mopo::float16 encode(double x) {
-    if (x == 0) return {0};
-    int exponent;
-    const double fraction = std::frexp(std::abs(x), &exponent);  // in [0.5, 1)
-    const auto mantissa = static_cast<uint16_t>((fraction * 2 - 1) * 1024);
-    return {static_cast<uint16_t>((x < 0 ? 0x8000 : 0) | (exponent + 14) << 10 | mantissa)};
 }
 
 template <class T>
@@ -64,25 +39,31 @@ void check(mopo::DType dtype, int64_t rows, int64_t columns, bool with_bias, boo
     }
     std::vector<int64_t> target(rows);
     std::vector<double> max(rows, -INFINITY), sum(rows, 0), at_target(rows, -INFINITY), lse(rows), coefficient(rows);
+    std::vector<double> weighted(rows, 0), of_lse(rows);
     for (int64_t r = 0; r < rows; ++r) {
         target[r] = random() % columns;
         coefficient[r] = r % 3 - 1;
+        of_lse[r] = r % 2;
     }
     const mopo::Tile tile{data.get(), dtype, rows, columns, columns, 0, with_bias ? bias.get() : nullptr, target.data()};
-    mopo::fold_statistics(tile, transform, {max.data(), sum.data(), at_target.data()}, 2);
+    mopo::fold_statistics(tile, transform, {max.data(), sum.data(), at_target.data(), weighted.data()}, 2);
     for (int64_t r = 0; r < rows; ++r) {
-        double total = 0;
-        for (int64_t c = 0; c < columns; ++c) total += std::exp(z[r * columns + c]);
+        double total = 0, mean = 0;
+        for (int64_t c = 0; c < columns; ++c) {
+            total += std::exp(z[r * columns + c]);
+            mean += std::exp(z[r * columns + c]) * z[r * columns + c];
+        }
         lse[r] = max[r] + std::log(sum[r]);
         expect_close(lse[r], std::log(total), 2e-6, "lse", columns);
+        expect_close(max[r] + weighted[r] / sum[r], mean / total, 1e-5, "mean", columns);
         expect_close(at_target[r], z[r * columns + target[r]], 2e-6, "target", columns);
     }
-    mopo::fold_gradient(tile, transform, {lse.data(), coefficient.data(), data.get(), columns}, 2);
+    mopo::fold_gradient(tile, transform, {lse.data(), coefficient.data(), of_lse.data(), data.get(), columns}, 2);
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {  // the other two have no arithmetic here
         for (int64_t i = 0; i < rows * columns; ++i) {
             const int64_t r = i / columns;
-            const double onehot = i % columns == target[r];
-            const double expected = coefficient[r] * (onehot - std::exp(z[i] - lse[r])) * slope[i];
+            const double onehot = i % columns == target[r], p = std::exp(z[i] - lse[r]);
+            const double expected = (coefficient[r] * (onehot - p) + of_lse[r] * p) * slope[i];
             expect_close(data[i], expected, 3e-6, "gradient", columns);
         }
     }
