@@ -75,12 +75,16 @@ def hold(
 
 
 def entry(
-    group: str, contestants: Mapping[str, Callable[..., Run]], inputs: Sequence[Tensor] = (), **info: Any
+    group: str,
+    contestants: Mapping[str, Callable[..., Run]],
+    inputs: Sequence[Tensor] = (),
+    limits: Limits = ON_CPU,
+    **info: Any,
 ) -> dict[str, Any]:
     """A contest on a CPU as JSON has it: seconds of every round and peak bytes of those that ran; errors of others."""
     print(f"{group} ... ", end="", flush=True)
     start = time.monotonic()
-    results = hold(contestants, inputs)
+    results = hold(contestants, inputs, limits=limits)
     print(f"{time.monotonic() - start:.0f} s", flush=True)
     well = {name: result for name, result in results.items() if result.seconds is not None}
     found = {"group": group, **info, "threads": torch.get_num_threads()}

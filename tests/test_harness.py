@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import harness, peers
-from bench.cpu import in_turn, report
+from bench.cpu import in_turn, report, sampled
 from bench.gpu import steps
 from mopo_kernels.measure.workloads import WORKLOADS, Sizes
 
@@ -87,6 +88,31 @@ def test_heads_agree(name):
     expected = torch.autograd.grad(peers.eager(hidden, weight, target), (hidden, weight))
     gradients = torch.autograd.grad(losses[name](hidden, weight, target), (hidden, weight))
     torch.testing.assert_close(gradients, expected)
+
+
+def test_who_took_all_patience_sits_out_larger_sizes(monkeypatch):
+    monkeypatch.setattr(sampled, "SIZES", {"small": (4, 16, 40), "large": (8, 16, 40)})
+    monkeypatch.setattr(sampled.head, "DTYPES", {"float32": torch.float32})
+    monkeypatch.setattr(sampled, "LIMITS", harness.Limits(rounds=2, patience=2.0))
+    monkeypatch.setattr(peers, "CPU_HEADS", {})
+    calls = []
+
+    def slow(hidden, weight, target):
+        calls.append((len(hidden), weight.requires_grad))
+        time.sleep(2)
+        return peers.eager(hidden, weight, target)
+
+    monkeypatch.setattr(peers, "heads", lambda: {"eager": peers.eager, "slow": slow})
+    small, large, small_frozen, large_frozen = (x["extra_info"] for x in sampled.entries())
+    assert calls == [(4, True), (4, False)]
+    for info in (small, small_frozen):
+        assert (len(info["seconds"]["slow"]), info["errors"]) == (1, {})
+    for info in (large, large_frozen):
+        assert "slow" not in info["seconds"]
+        assert info["errors"] == {"slow": "not run: took 2 s at small"}
+        assert {len(x) for x in info["seconds"].values()} == {2}
+        assert next(iter(info["seconds"])) == "mopo, sampled 1/64"
+        assert info["peak_bytes"]["eager"] > 0
 
 
 def test_errors_stand_in_the_table(tmp_path):

@@ -38,9 +38,7 @@ def ceilings(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Callab
 
     16-bit products are the machine's slowest where it has no instructions for them, so the ceiling is float32's.
     """
-    n, v = len(hidden), len(weight)
-    call = HeadCall.of(temperature=1.0, ignore_index=-100)
-    ours = plan_for(HeadInputs(hidden, weight, None, target), slice(0, n), call, "fused").row_block
+    n, v, ours = len(hidden), len(weight), our_rows(hidden, weight, target)
     blocks = {
         f"{CEILING}, {rows} x {columns}": (rows, columns, 1)
         for rows in (256, 512)
@@ -50,6 +48,12 @@ def ceilings(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Callab
     blocks |= {TWICE: (min(n, 512), v, 2), f"the products in our {ours} rows": (ours, v, 1)}
     hidden, weight = hidden.detach().float(), weight.detach().float()
     return {name: lambda *_, block=block: products_alone(hidden, weight, *block) for name, block in blocks.items()}
+
+
+def our_rows(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
+    """Of a block, as the planner has it by default."""
+    call = HeadCall.of(temperature=1.0, ignore_index=-100)
+    return plan_for(HeadInputs(hidden, weight, None, target), slice(0, len(hidden)), call, "fused").row_block
 
 
 def products_alone(hidden: Tensor, weight: Tensor, rows: int, columns: int, logits: int) -> Run:

@@ -1,7 +1,8 @@
-"""Every benchmark of the CPU, half an hour (`make bench`), or the questions named:
+"""The benchmarks of the CPU, half an hour (`make bench`), or the questions named:
 
     python -m bench.cpu.run runs/bench                  results.json, report.md and plots
     python -m bench.cpu.run runs/bench head loss
+    python -m bench.cpu.run runs/bench sampled loss     sampled gradients against all others, at larger sizes too
 
 They measure and assert nothing about time.
 """
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
-from bench.cpu import head, loss, report, scaling, solve_dual
+from bench.cpu import head, loss, report, sampled, scaling, solve_dual
 
-QUESTIONS = {"head": head, "loss": loss, "scaling": scaling, "solve_dual": solve_dual}
+QUESTIONS = {"head": head, "loss": loss, "scaling": scaling, "solve_dual": solve_dual, "sampled": sampled}
+BY_DEFAULT = ("head", "loss", "scaling", "solve_dual")  # sampled takes longer than all of these
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     torch.manual_seed(0)
     options.output.mkdir(parents=True, exist_ok=True)
     results = {"machine_info": machine(), "datetime": datetime.now(timezone.utc).isoformat(), "benchmarks": []}
-    for question in options.questions or QUESTIONS:
+    for question in options.questions or BY_DEFAULT:
         for entry in QUESTIONS[question].entries():
             results["benchmarks"].append(entry)
             (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
