@@ -351,6 +351,11 @@ class Ranks:
         self.met.wait(timeout=60)
         received[:] = [self.sent[i] for i in range(len(received))]
 
+    def broadcast_object_list(self, objects, src):
+        self.sent[f"of {threading.current_thread().name}"] = list(objects)
+        self.met.wait(timeout=60)
+        objects[:] = self.sent[f"of {src}"]
+
 
 def states_of_threads(monkeypatch):
     monkeypatch.setattr("mopo_kernels.objective.multipliers.dist", Ranks(2))
