@@ -42,12 +42,12 @@ def logits_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `head_logprob` says of rows, reading the logits of those that count once."""
     options = HeadCall.unflat(call)
-    counts = target != options.ignore_index
+    ignored = target == options.ignore_index
     statistics = Statistics.start(target.shape[0], target.device, entropy=options.outputs.entropy)
-    tile = Tile(_row_major(logits), torch.where(counts, target, -1), options.transform)
+    tile = Tile(_row_major(logits), target.masked_fill(ignored, -1), options.transform)
     backends.fold(options.backend).fold_statistics(tile, statistics)
     values = row_values(statistics, options.outputs)
-    values = RowValues(*(x if len(x) == 0 else torch.where(counts, x, False) for x in values))
+    values = RowValues(*(x if len(x) == 0 else x.masked_fill(ignored, 0) for x in values))
     check_result(values.logp, logits=logits)
     return returned(values, accumulate_dtype(logits.dtype))
 
@@ -96,8 +96,7 @@ def _fold_gradient(
     upstream: Tensor, logits: Tensor, target: Tensor, lse: Tensor, call: list[float], out: Tensor
 ) -> None:
     options = HeadCall.unflat(call)
-    counts = target != options.ignore_index
-    coefficient, *of_lse = torch.where(counts, upstream.double(), 0)
+    coefficient, *of_lse = upstream.double().masked_fill(target == options.ignore_index, 0)
     tile = Tile(logits, target.contiguous(), options.transform)
     backends.fold(options.backend).fold_gradient(tile, lse, coefficient, out, *of_lse)
 

@@ -76,14 +76,13 @@ class LabelStatistics:
     """What labels and multipliers say of a batch; loss, dual and trainer read it, nobody computes it again."""
 
     slot: Tensor  # [B] int64, groups numbered 0 .. num_groups - 1
-    buffer: Tensor  # float64, LabelValues
-    num_objectives: int
+    buffer: Tensor  # float64
+    values: LabelValues  # every statistic in float64, views of the buffer: weights[B], win_rates[K], ...
     dtype: torch.dtype  # the caller's, of what is reported
 
-    @property
-    def values(self) -> LabelValues:
-        """Every statistic in float64: weights[B], win_rates[K], ..."""
-        return LabelValues.unpack(self.buffer, self.slot.shape[0], self.num_objectives)
+    @classmethod
+    def of(cls, slot: Tensor, buffer: Tensor, num_objectives: int, dtype: torch.dtype) -> LabelStatistics:
+        return cls(slot, buffer, LabelValues.unpack(buffer, slot.shape[0], num_objectives), dtype)
 
     @property
     def groups(self) -> Groups:
@@ -96,10 +95,10 @@ class LabelStatistics:
     def reported(self) -> LabelValues:
         """Every statistic in the caller's dtype, copied."""
         copied = self.buffer.to(self.dtype, copy=True)
-        return LabelValues.unpack(copied, self.slot.shape[0], self.num_objectives)
+        return LabelValues.unpack(copied, self.slot.shape[0], self.values.chi.shape[0])
 
     def to(self, device: torch.device | str) -> LabelStatistics:
-        return LabelStatistics(self.slot.to(device), self.buffer.to(device), self.num_objectives, self.dtype)
+        return self.of(self.slot.to(device), self.buffer.to(device), self.values.chi.shape[0], self.dtype)
 
 
 def label_statistics(
@@ -137,7 +136,7 @@ def measure(labels: Labels, backend: str | None = None) -> LabelStatistics:
     )
     run = torch_statistics if name == "reference" else ops.run_label_statistics
     slot, buffer = run(labels, name)
-    return LabelStatistics(slot, buffer, labels.win_rate.shape[1], dtype)
+    return LabelStatistics.of(slot, buffer, labels.win_rate.shape[1], dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
