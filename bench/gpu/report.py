@@ -110,7 +110,7 @@ def steps_of(architecture: str, work: Path, *, dry_run: bool) -> list[Step]:
         Step("tests", tests, 150, True),
         Step("ops", measure("ops"), 60),
         Step("tune", measure("tune"), 100),
-        Step(first_heads, measure(first_heads), 100),
+        Step(first_heads, measure(first_heads), 200),
         Step("trace", traced, 40),
         Step("ncu", [*NCU, *NCU_KERNELS, *clone_step, "--dtype", DTYPE, "--steps", "1"], 40, True),
         *(Step(name, measure(name), 100) for name in other_heads),

@@ -52,7 +52,7 @@ class Extent(NamedTuple):
 
 REAL = Extent(
     heads={"heads-4096": (4096, 128256), "heads-2048": (2048, 32768), "heads-5120": (5120, 151936)},
-    rows=(16384, 65536, 4096),
+    rows=(16384, 4096, 65536),
     logit_rows=8192,
     responses=64,
     tile_rows=2048,

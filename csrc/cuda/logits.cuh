@@ -106,6 +106,10 @@ struct LogitTransform {
     template <int N>
     __device__ void apply(A (&x)[N], int64_t first_column) const {
         scale(x, first_column);
+        cap(x);
+    }
+    template <int N>
+    __device__ void cap(A (&x)[N]) const {
         if (softcap)
             for (A& u : x) u = capped(u, hyperbolic_tangent(u));
     }

@@ -19,13 +19,18 @@ def refuse_transforms(op: str, backend: str, *tensors: Tensor | None, sampled: b
         )
     kinds = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
     is_differentiating = forward_ad._current_level >= 0 or any(x.key() in kinds for x in interpreters)
-    is_differentiating |= is_traced and _functorch.get_dynamic_layer_stack_depth() > 0
+    is_differentiating |= is_traced and _is_inside_any()
     if is_differentiating and (sampled or backend != "reference"):
         cause, mend = ("with grad_sampling", "None of it and ") if sampled else (f"of backend={backend!r}", "")
         raise RuntimeError(
             f"{op} {cause} has gradients for Tensor.backward and torch.autograd.grad alone; "
             f"give it {mend}backend='reference' under torch.func.grad, vjp, jvp, jacrev, jacfwd and hessian"
         )
+
+
+@torch.compiler.assume_constant_result  # dynamo guards on the transforms; before torch 2.12 it cannot trace this call
+def _is_inside_any() -> bool:
+    return _functorch.get_dynamic_layer_stack_depth() > 0
 
 
 def is_active() -> bool:

@@ -25,7 +25,8 @@ def exact_fold(logits, target, coefficient, transform, bias=None, lse_coefficien
     p = (z - lse[:, None]).exp()
     slope = transform.inner * (transform.outer * (1 - u.tanh() ** 2) if transform.softcap else 1)
     onehot = torch.zeros_like(z).scatter(1, target[:, None], 1.0)
-    gradient = (coefficient[:, None] * (onehot - p) + torch.as_tensor(lse_coefficient).unsqueeze(-1) * p) * slope
+    of_lse = torch.as_tensor(lse_coefficient, device=p.device).unsqueeze(-1)
+    gradient = (coefficient[:, None] * (onehot - p) + of_lse * p) * slope
     return lse, z.gather(1, target[:, None])[:, 0], p, gradient
 
 

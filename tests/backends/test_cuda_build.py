@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_emulation"
 BUILD = cuda_report.BUILD
 STEP = {torch.float64: 2048, torch.float32: 4096, torch.bfloat16: 8192, torch.float16: 8192}  # columns a block reads
-SAMPLE_STEP = {dtype: 4096 // max(1, dtype.itemsize // 4) for dtype in DTYPES}
+SAMPLE_CHUNK = {dtype: 2048 // dtype.itemsize for dtype in DTYPES}  # columns of a chunk
 
 UNAVAILABLE = cuda.UNAVAILABLE  # before the emulation takes its place
 
@@ -190,13 +190,23 @@ def test_samples_of_ragged_tiles_at_any_alignment(emulated, **case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("around", [-1, 0, 1])
-def test_samples_around_a_whole_number_of_steps(emulated, dtype, around):
+def test_samples_around_a_whole_number_of_chunks(emulated, dtype, around):
     for offset in (0, 1, 7):
         fold_contract.check_samples(
             *(emulated, "cpu"),
-            **{"rows": 2, "widths": [2 * SAMPLE_STEP[dtype] + around], "offset": offset, "padding": 1, "dtype": dtype},
+            **{"rows": 2, "widths": [2 * SAMPLE_CHUNK[dtype] + around], "offset": offset, "padding": 1, "dtype": dtype},
             **{"transform": TRANSFORMS[1], "with_bias": True, "masked": 0.0, "scale": 3.0, "seed": 2},
         )
+
+
+@pytest.mark.parametrize("around", [-1, 0, 1, 300])
+def test_samples_of_more_than_one_stretch(emulated, around):
+    widths = [256 * SAMPLE_CHUNK[torch.float64] + around]
+    fold_contract.check_samples(
+        *(emulated, "cpu"),
+        **{"rows": 2, "widths": widths, "offset": 1, "padding": 1, "dtype": torch.float64, "transform": TRANSFORMS[0]},
+        **{"with_bias": False, "masked": 0.0, "scale": 6.0, "seed": 3},
+    )
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -215,9 +225,14 @@ def test_products_of_samples(emulated, dtype, width):
     fold_contract.check_sample_products(emulated, "cpu", dtype, width=width)
 
 
+def test_products_of_more_lists_than_blocks(emulated):
+    """Blocks sum up several lists, some empty, one longer than what the threads of a block fetch at a time."""
+    fold_contract.check_sample_products(emulated, "cpu", torch.float32, rows=150, vocab=20000, width=9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_order_of_threads_changes_no_sample(emulated, monkeypatch, dtype):
-    logits, _ = random_tile(3, 2 * SAMPLE_STEP[dtype] + 77, dtype, "cpu", offset=1)
+    logits, _ = random_tile(3, 2 * SAMPLE_CHUNK[dtype] + 77, dtype, "cpu", offset=1)
     target, uniform = torch.tensor([3, -1, 9001]) % logits.shape[1], torch.tensor([0, 0.5, 0.75], dtype=torch.float64)
     lse = exact_fold(logits, target, uniform, TRANSFORMS[2])[0]
     arguments = (target, lse, uniform, 2.0**-8, TRANSFORMS[2], None, [77, logits.shape[1] - 77])

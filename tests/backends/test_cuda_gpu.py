@@ -139,7 +139,7 @@ def test_runs_give_the_same_bits(dtype):
     target, ones = torch.tensor([3, 8, 9001], device="cuda"), torch.ones(3, dtype=torch.float64, device="cuda")
 
     def run():
-        statistics = fold_statistics(cuda, logits, target, TRANSFORMS[2], None, [77, 199924])
+        statistics = fold_statistics(cuda, logits, target, TRANSFORMS[2], None, [77, 199924], entropy=True)
         grad = torch.full_like(logits, math.nan)
         cuda.fold_gradient(Tile(logits, target, TRANSFORMS[2]), statistics.lse, ones, grad)
         return *statistics, grad
