@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig
 from tiny import make_tiny_model, make_tokenizer
 from transformers import TrainerCallback
 
@@ -20,14 +21,20 @@ from mopo_trainer.training.trainer import MOPOTrainer
 
 
 def engines_on_cpus():
-    """Accelerate leaves FSDP to accelerators and would run DDP; told otherwise, the rest is real."""
+    """Accelerate leaves FSDP and DeepSpeed to accelerators and would run DDP; told otherwise, the rest is real."""
     start = AcceleratorState.__init__
 
-    def told(self, *arguments, fsdp_plugin=None, **options):
+    def told(self, *arguments, fsdp_plugin=None, deepspeed_plugin=None, **options):
         is_new = not AcceleratorState._shared_state
-        start(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
+        start(self, *arguments, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **options)
         if is_new and fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if is_new and deepspeed_plugin is not None:
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, deepspeed_plugin
+            deepspeed_plugin.set_mixed_precision(self._mixed_precision)
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            zero = deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_param_persistence_threshold"] = 0  # else a tiny model's weights stay whole
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = told
@@ -65,7 +72,24 @@ def rows():
     ]
 
 
-def train(directory, groups_a_batch, accumulation, *, resume=None, fault=None, **options):
+def untie(model):
+    """A head of its own, that only its own gradient moves."""
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+
+
+def train(
+    directory,
+    groups_a_batch,
+    accumulation,
+    *,
+    resume=None,
+    fault=None,
+    is_untied=False,
+    lora_r=0,
+    dtype=None,
+    **options,
+):
     """The trainer, when it is done; what it logged is in history.json, and every rank's multipliers in dual-RANK."""
     tokenizer = make_tokenizer()
     settings = {
@@ -93,7 +117,14 @@ def train(directory, groups_a_batch, accumulation, *, resume=None, fault=None, *
         **settings | options,
     )
     model, callbacks = make_tiny_model(tokenizer), [Fault(**fault)] if fault else []
-    trainer = MOPOTrainer(model, args, rows(), rows()[:3], processing_class=tokenizer, callbacks=callbacks)
+    if is_untied:
+        untie(model)
+    if dtype:
+        model.to(getattr(torch, dtype))
+    adapter = LoraConfig(r=lora_r, target_modules="all-linear", init_lora_weights=False) if lora_r else None
+    trainer = MOPOTrainer(
+        model, args, rows(), rows()[:3], processing_class=tokenizer, peft_config=adapter, callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     state = {name: value.tolist() for name, value in trainer.dual.state_dict().items()}

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers.integrations import deepspeed as transformers_deepspeed
 
 _ENGINES = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
+_DEEPSPEED_KEYS = {  # of its configuration: what was run with this loss
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization", "zero_allow_untested_optimizer", "bf16", "fp16", "steps_per_print"),
+}
 
 
 def check_engine(accelerator: Accelerator, *, has_adapter: bool) -> None:
     """Refuse what would split nothing without a word, or what the loss cannot read.
 
     Raises:
-        ValueError: an engine that accelerate passes over; FSDP of version 1, an adapter under FSDP; DeepSpeed.
+        ValueError: an engine that accelerate passes over; FSDP of version 1, an adapter under FSDP; of DeepSpeed what
+            was never run with this loss.
     """
     kind = accelerator.distributed_type
     for variable, engine in _ENGINES.items():
@@ -31,7 +41,52 @@ def check_engine(accelerator: Accelerator, *, has_adapter: bool) -> None:
             "never tried; use examples/accelerate/ddp.yaml"
         )
     if kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, has_adapter=has_adapter)
+
+
+def _check_deepspeed(config: Mapping[str, Any], *, has_adapter: bool) -> None:
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (2, 3):
+        raise ValueError(f"ZeRO stage {zero['stage']} was never run with this loss; set zero_stage to 2 or 3")
+    unknown = sorted(key for key in config if key not in _DEEPSPEED_KEYS)
+    if unknown:
         raise ValueError(
-            "DeepSpeed was never run with this loss, whose head ZeRO-3 takes away before it is read; "
-            "examples/accelerate/fsdp2.yaml splits as much"
+            f"DeepSpeed's configuration has {', '.join(unknown)}, never run with this loss; leave it out (optimizer, "
+            "learning rate and schedule are options of MOPOConfig)"
         )
+    offloaded = [part for part in ("offload_optimizer", "offload_param") if _is_offloaded(zero.get(part))]
+    if offloaded:
+        raise ValueError(f"{offloaded[0]} was never run with this loss; set its device to none")
+    if config.get("fp16", {}).get("enabled") in (True, "auto"):
+        raise ValueError("fp16 under DeepSpeed was never run with this loss; set mixed_precision to bf16 or no")
+    if zero["stage"] == 3 and has_adapter:
+        raise ValueError(
+            "an adapter under ZeRO-3: its starting weights, which the reference needs, would be split too, and that "
+            "was never tried; use examples/accelerate/deepspeed_zero2.yaml"
+        )
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError("checkpoints would hold no model that can be loaded; set zero3_save_16bit_model: true")
+
+
+def _is_offloaded(part: Mapping[str, Any] | None) -> bool:
+    return (part or {}).get("device") not in (None, "none")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model that ZeRO-3 split as it was loaded: it cannot run before its engine is there."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "ZeRO-3 has split the model as it was loaded, and it must run before training starts; load it before "
+            "MOPOConfig is made, or give MOPOTrainer its path"
+        )
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """While open, transformers loads models whole, also where ZeRO-3 is to split them: that happens in training."""
+    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    transformers_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ class Scoring:
         """log π(y|x) of every sequence, from the states of its forward pass."""
         if self.transform is not None:
             head = head_arguments(plain, states, packed, self.transform)
-            return sequence_logprob(**head, backend=self.backend)
+            hidden = head.pop("hidden")
+            return as_head_pass(plain, partial(sequence_logprob, **head, backend=self.backend), hidden)
         target = _targets_of_positions(packed, states.shape[:2])
         return token_logprob(states, target, backend=self.backend).sum(-1)
 
@@ -127,6 +129,25 @@ def head_arguments(
         "logit_scale": transform.logit_scale,
         "rows": "own",  # of a weight that FSDP leaves split
     }
+
+
+def as_head_pass(plain: PreTrainedModel, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`function(hidden)`, which reads the head's weight; under ZeRO-3 as a forward pass of the head itself.
+
+    ZeRO-3 keeps a part of every weight and makes it whole for the passes of its module alone, forward and backward, by
+    hooks on what enters and leaves `module(...)`.
+    """
+    head = linear_head(plain)
+    if not hasattr(head.weight, "ds_id"):
+        return function(hidden)
+    attributes = vars(head)
+    own = {name: value for name, value in attributes.items() if name == "forward"}
+    attributes["forward"] = function
+    try:
+        return head(hidden)
+    finally:
+        del attributes["forward"]
+        attributes.update(own)
 
 
 def _targets_of_positions(packed: PackedSequences, shape: Sequence[int]) -> Tensor:  # [R, T]

@@ -124,7 +124,10 @@ VOLATILE = {  # of configurations: names, versions, and what saving a model writ
     *("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version"),
     *("architectures", "dtype", "use_cache", "inference_mode"),
 }
-STATES = {"training", "gradient_checkpointing", "warnings_issued", "_is_hf_initialized"}  # of modules: change no number
+STATES = {  # of modules: change no number
+    *("training", "gradient_checkpointing", "warnings_issued", "_is_hf_initialized"),
+    *("ds_id", "ds_grads_remaining", "applied_pre_backward_ref_cnt"),  # DeepSpeed's
+}
 CHUNK = 1 << 24  # bytes on the CPU at a time; SHA-256 reads 1.4 GB/s on one core with SHA instructions (14 GB in 10 s)
 
 
@@ -152,15 +155,23 @@ def frozen_fingerprint(model: nn.Module) -> str:
 
 def _hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in sorted(tensors.items()):
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        for chunk in whole(tensor.detach()).reshape(-1).split(CHUNK // tensor.element_size()):
+        values = whole(tensor)
+        digest.update(repr((name, tensor.dtype, tuple(values.shape))).encode())
+        for chunk in values.reshape(-1).split(CHUNK // tensor.element_size()):
             own = chunk.to("cpu", copy=True)  # FSDP could not free what numpy has looked at
             digest.update(own.view(torch.uint8).numpy())
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that processes may share (FSDP): all of them ask for it together."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    """All of a tensor that processes may share (FSDP, ZeRO-3): all of them ask for it together."""
+    if isinstance(x, DTensor):
+        return x.full_tensor().detach()
+    if hasattr(x, "ds_id"):
+        from deepspeed import zero  # optional dependency
+
+        with zero.GatheredParameters([x]):
+            return x.detach().clone()
+    return x.detach()
 
 
 def _hash_configs(digest: hashlib._Hash, model: nn.Module) -> None:

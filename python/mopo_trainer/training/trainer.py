@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -46,7 +47,7 @@ from mopo_trainer.training.batches import deal
 from mopo_trainer.training.callbacks import DualCallback
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.datasets import read_groups, tokenize
-from mopo_trainer.training.engines import check_engine
+from mopo_trainer.training.engines import check_engine, check_whole, whole_models
 from mopo_trainer.training.evaluation import (
     EvalGroups,
     by_prefix,
@@ -56,7 +57,7 @@ from mopo_trainer.training.evaluation import (
     read_eval_groups,
 )
 from mopo_trainer.training.fit import check_positions, check_tokens, pad_token
-from mopo_trainer.training.head import Scoring, head_arguments
+from mopo_trainer.training.head import Scoring, as_head_pass, head_arguments
 from mopo_trainer.training.probe import check_lengths, probe_scoring, sharing_obstacle
 from mopo_trainer.training.reference import frozen_fingerprint, initial_logps, policy_fingerprint, response_logps
 from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
@@ -102,7 +103,9 @@ class MOPOTrainer(Trainer):
         if not isinstance(args, MOPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; give a MOPOConfig, which takes the same options")
         if isinstance(model, str | Path):
-            model = AutoModelForCausalLM.from_pretrained(model)
+            with whole_models():
+                model = AutoModelForCausalLM.from_pretrained(model)
+        check_whole(model)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         model = with_adapter(model, peft_config, args.seed)
         check_trainable(model, share_prompt=args.share_prompt, gradient_checkpointing=args.gradient_checkpointing)
@@ -129,6 +132,7 @@ class MOPOTrainer(Trainer):
             callbacks=[DualCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self._parameter_count = model.num_parameters(exclude_embeddings=True)  # while ZeRO-3 has not hidden them
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the groups of the whole step
         self.label_names: list[str] = []
         check_engine(self.accelerator, has_adapter=carries_adapter(model))
@@ -168,17 +172,8 @@ class MOPOTrainer(Trainer):
                 logp = self.scoring.logp(plain, forward.states, packed)
                 output = step.objective(logp, self.dual, ref_logp=ref_logp, policy_step=args.policy_step)
             else:
-                output = policy_loss(
-                    **head_arguments(plain, forward.states, packed, self.scoring.transform),
-                    labels=step.statistics.to(device),
-                    ref_logp=ref_logp,
-                    policy_step=args.policy_step,
-                    min_weight=args.min_weight,
-                    index=None if step.index is None else step.index.to(device),
-                    backend=args.backend,
-                    workspace_bytes=args.workspace_bytes,
-                    grad_sampling=args.grad_sampling,
-                )
+                head = head_arguments(plain, forward.states, packed, self.scoring.transform)
+                output = self._fused_loss(plain, head, step, ref_logp)
         loss = output.loss
         if self.scoring.router_weight and forward.router_loss is not None:
             loss = loss + self.scoring.router_weight * forward.router_loss
@@ -187,6 +182,30 @@ class MOPOTrainer(Trainer):
         if num_items_in_batch is not None:  # gradients are averaged over ranks
             loss = loss * (batch.groups * self.accelerator.num_processes / int(num_items_in_batch))
         return (loss, output) if return_outputs else loss
+
+    def _fused_loss(
+        self, plain: PreTrainedModel, head: dict[str, Any], step: StepBatch, ref_logp: Tensor | None
+    ) -> MOPOOutput:
+        args, device = self.args, self.accelerator.device
+        outputs: list[MOPOOutput] = []
+
+        def loss(hidden: Tensor) -> Tensor:
+            output = policy_loss(
+                **head | {"hidden": hidden},
+                labels=step.statistics.to(device),
+                ref_logp=ref_logp,
+                policy_step=args.policy_step,
+                min_weight=args.min_weight,
+                index=None if step.index is None else step.index.to(device),
+                backend=args.backend,
+                workspace_bytes=args.workspace_bytes,
+                grad_sampling=args.grad_sampling,
+            )
+            outputs.append(output)
+            return output.loss
+
+        whole_loss = as_head_pass(plain, loss, head["hidden"])
+        return replace(outputs[0], loss=whole_loss)
 
     def _idle_loss(self, model: nn.Module) -> Tensor:  # [] 0
         """What a rank without a group computes, because the others wait for its pass and its gradients."""
@@ -241,7 +260,7 @@ class MOPOTrainer(Trainer):
         return not obstacle
 
     def floating_point_ops(self, inputs: dict[str, GroupBatch]) -> int:
-        return super().floating_point_ops(_as_tokens(inputs))
+        return 6 * inputs["batch"].sequences.ids.numel() * self._parameter_count
 
     def _track_num_input_tokens(self, inputs: dict[str, GroupBatch]) -> None:
         super()._track_num_input_tokens(_as_tokens(inputs))
@@ -427,6 +446,7 @@ class MOPOTrainer(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+        self.state.best_model_checkpoint = broadcast_object_list([self.state.best_model_checkpoint])[0]
 
     def _publish(self, written: Path, final: Path, identity: dict[str, str]) -> None:
         if self.state.best_model_checkpoint == str(written):
@@ -441,14 +461,18 @@ class MOPOTrainer(Trainer):
         os.replace(written, final)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.start:
-            self.start = read_adapter(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
-        else:
+        if not self.start:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = RunState.read(Path(resume_from_checkpoint))
-        state.check(self.dual, resume_from_checkpoint, self._identity, needs_reference=self._needs_reference())
-        self.dual.load_state_dict(state.dual)
-        self.reference = state.reference
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:  # called under every engine
+        if checkpoint is not None:
+            if self.start:
+                self.start = read_adapter(Path(checkpoint), self.accelerator.unwrap_model(self.model))
+            state = RunState.read(Path(checkpoint))
+            state.check(self.dual, checkpoint, self._identity, needs_reference=self._needs_reference())
+            self.dual.load_state_dict(state.dual)
+            self.reference = state.reference
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.start:

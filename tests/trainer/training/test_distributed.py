@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import distributed_run
 import pytest
+import torch
 from processes import together
+from safetensors.torch import load_file
+
+from mopo_trainer.training.adapter import ADAPTER_FILE
 
 RUN = Path(distributed_run.__file__)
 CONFIGURATIONS = RUN.parents[2] / "examples" / "accelerate"
@@ -87,20 +92,78 @@ def finish(process):
     return process.returncode, said
 
 
+WRAPPER = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlama"} | dict.fromkeys(
+    ("deepspeed_zero2", "deepspeed_zero3"), "DeepSpeedEngine"
+)
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def assert_same_weights(directory, expected, name="model.safetensors"):
+    found, wanted = load_file(directory / "checkpoint-4" / name), load_file(expected / "checkpoint-4" / name)
+    assert wanted.keys() <= found.keys()  # ZeRO-2 writes a tied head twice
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=key)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("configuration", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "configuration", [pytest.param(name, marks=needs_deepspeed if "deepspeed" in name else ()) for name in WRAPPER]
+)
 def test_shipped_configurations_train_as_one_process_and_resume(tmp_path, configuration):
-    distributed_run.train(tmp_path / "one", 8, 1, **ADAM)
     options = {**ADAM, "save_strategy": "steps", "save_steps": 2}
+    distributed_run.train(tmp_path / "one", 8, 1, **options)
     code, said = finish(launch(tmp_path / "two", configuration, **options))
     assert code == 0, said
     whole = history(tmp_path / "two")
     assert_same(whole, history(tmp_path / "one"))
-    assert_ranks_agree(tmp_path / "two", "FSDPLlama" if configuration == "fsdp2" else "DistributedDataParallel")
+    assert_ranks_agree(tmp_path / "two", WRAPPER[configuration])
+    assert_same_weights(tmp_path / "two", tmp_path / "one")
     kept = (tmp_path / "two" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
     code, said = finish(launch(tmp_path / "resumed", configuration, **options, resume=str(kept)))
     assert code == 0, said
     assert_same(history(tmp_path / "resumed"), whole, rel=0, abs=0)
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,  # the first checkpoint, not the last
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "configuration", ["ddp", *(pytest.param(f"deepspeed_zero{i}", marks=needs_deepspeed) for i in (2, 3))]
+)
+def test_an_untied_head_and_the_best_checkpoint(tmp_path, configuration):
+    """All processes end with the best checkpoint's weights; the last one's equal one process's."""
+    options = {**ADAM, **BEST, "save_strategy": "steps", "is_untied": True}
+    distributed_run.train(tmp_path / "one", 8, 1, **options)
+    code, said = finish(launch(tmp_path / "two", configuration, **options))
+    assert code == 0, said
+    assert "Could not locate the best model" not in said
+    assert_same(history(tmp_path / "two"), history(tmp_path / "one"))
+    assert_same_weights(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_an_adapter_under_zero_2_and_its_start(tmp_path):
+    """A resumed run measures against the adapter that its run started from, not the one it is given."""
+    options = {**ADAM, "save_strategy": "steps", "save_steps": 2, "lora_r": 4, "data_seed": 0}
+    distributed_run.train(tmp_path / "one", 8, 1, **options)
+    code, said = finish(launch(tmp_path / "two", "deepspeed_zero2", **options))
+    assert code == 0, said
+    assert_same(history(tmp_path / "two"), history(tmp_path / "one"))
+    assert_same_weights(tmp_path / "two", tmp_path / "one", ADAPTER_FILE)
+    kept = (tmp_path / "two" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    code, said = finish(launch(tmp_path / "resumed", "deepspeed_zero2", **options, resume=str(kept), seed=1))
+    assert code == 0, said
+    assert history(tmp_path / "resumed")[-1] == history(tmp_path / "two")[-1]
+    assert_same_weights(tmp_path / "resumed", tmp_path / "two", ADAPTER_FILE)
 
 
 @pytest.mark.slow

@@ -4,12 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers.integrations import deepspeed as transformers_deepspeed
 
-from mopo_trainer.training.engines import check_engine
+from mopo_trainer.training.engines import check_engine, check_whole, whole_models
 
 
-def accelerator(kind, *, fsdp2=True):
-    return SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=fsdp2)
+def accelerator(kind, *, fsdp2=True, stage=2, zero=None, **config):
+    gathered = {"stage3_gather_16bit_weights_on_model_save": True, "offload_optimizer": {"device": "none"}}
+    config["zero_optimization"] = {"stage": stage, **gathered, **(zero or {})}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    return SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=fsdp2, state=state)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +23,18 @@ def accelerator(kind, *, fsdp2=True):
     [
         ("FSDP", {"fsdp2": False}, False, "set fsdp_version: 2"),
         ("FSDP", {}, True, "an adapter under FSDP"),
-        ("DEEPSPEED", {}, False, "DeepSpeed was never run with this loss"),
+        ("DEEPSPEED", {"stage": 1}, False, "ZeRO stage 1 was never run"),
+        ("DEEPSPEED", {"scheduler": {}, "optimizer": {}}, False, "configuration has optimizer, scheduler, never run"),
+        ("DEEPSPEED", {"zero": {"offload_optimizer": {"device": "cpu"}}}, False, "offload_optimizer was never run"),
+        ("DEEPSPEED", {"zero": {"offload_param": {"device": "nvme"}}}, False, "offload_param was never run"),
+        ("DEEPSPEED", {"fp16": {"enabled": True}}, False, "fp16 under DeepSpeed"),
+        ("DEEPSPEED", {"stage": 3}, True, "an adapter under ZeRO-3"),
+        (
+            "DEEPSPEED",
+            {"stage": 3, "zero": {"stage3_gather_16bit_weights_on_model_save": False}},
+            False,
+            "set zero3_save_16bit_model: true",
+        ),
     ],
 )
 def test_what_the_loss_cannot_read_is_refused(kind, options, has_adapter, message):
@@ -32,11 +49,28 @@ def test_an_engine_that_accelerate_passes_over_is_an_error(monkeypatch, variable
         check_engine(accelerator("MULTI_CPU"), has_adapter=False)
 
 
-@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU"])
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED"])
 def test_adapters_train_where_every_process_has_all_weights(kind):
     check_engine(accelerator(kind), has_adapter=True)
 
 
-def test_fsdp2_splits_a_model_without_adapters(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_engine(accelerator("FSDP"), has_adapter=False)
+@pytest.mark.parametrize(("variable", "kind"), [("FSDP", "FSDP"), ("DEEPSPEED", "DEEPSPEED")])
+def test_weights_are_split_without_adapters(monkeypatch, variable, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    check_engine(accelerator(kind, stage=3, bf16={"enabled": True}), has_adapter=False)
+
+
+def test_a_model_that_was_split_as_it_was_loaded_is_refused():
+    model = nn.Linear(2, 2)
+    check_whole(model)
+    model.weight.ds_id = 0
+    with pytest.raises(ValueError, match="load it before MOPOConfig is made"):
+        check_whole(model)
+
+
+def test_models_are_loaded_whole_where_zero_3_is_on(monkeypatch):
+    zero3 = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(transformers_deepspeed, "_hf_deepspeed_config_weak_ref", lambda: zero3)
+    with whole_models():
+        assert not transformers_deepspeed.is_deepspeed_zero3_enabled()
+    assert transformers_deepspeed.is_deepspeed_zero3_enabled()
