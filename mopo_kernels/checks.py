@@ -209,12 +209,12 @@ def check_index(index: Tensor | None, *, sequences: int, batch: int, policy_step
 def check_head(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *, is_split: bool = False) -> None:
     """Shapes, dtypes and devices of a head's tensors, hidden [*, H] and target [*]."""
     _check_floating(hidden=hidden, weight=weight)
-    if hasattr(weight, "ds_id") and weight.numel() == 0:
-        raise ValueError(
-            "ZeRO-3 has taken the weight away: call inside the forward pass of the module that owns it, which gathers "
-            "it for the backward pass too"
-        )
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[-1]:
+        if hasattr(weight, "ds_id"):
+            raise ValueError(
+                "ZeRO-3 has taken the weight away: call inside the forward pass of the module that owns it, which "
+                "gathers it for the backward pass too"
+            )
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit: [*, H] and [V, H]")
     if 0 in weight.shape[int(is_split) :]:  # a process may hold no token of a split head
         raise ValueError(f"weight has shape {list(weight.shape)}; a head needs at least one token and one feature")

@@ -411,6 +411,8 @@ class MOPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers.Trainer.train; refuses half-written checkpoints, `True` takes the newest whole one."""
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            raise ValueError("DeepSpeed has wrapped this trainer's model for its first run; make a new trainer")
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint:

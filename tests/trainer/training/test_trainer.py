@@ -9,7 +9,7 @@ from every_type import tiny_model as type_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import SIZES, make_pairs, make_tiny_model, plain_logps
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
 from mopo_trainer.training import trainer as trainer_module
@@ -514,3 +514,16 @@ def test_the_router_loss_of_a_mixture_of_experts_is_added_and_logged(tmp_path, t
     trainer.record = type(trainer.record)()
     trainer.train()
     assert ("router_loss" in steps_of(trainer)[0]) == (coefficient > 0)
+
+
+def test_floating_point_operations_are_those_of_transformers(finished):
+    batch = first_batch(finished)
+    expected = Trainer.floating_point_ops(finished, trainer_module._as_tokens(batch))
+    assert finished.floating_point_ops(batch) == expected > 0
+
+
+def test_a_second_run_on_deepspeeds_engine_is_refused(finished, monkeypatch):
+    monkeypatch.setattr(finished, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(finished, "model_wrapped", torch.nn.Identity())
+    with pytest.raises(ValueError, match="make a new trainer"):
+        finished.train()
