@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,13 @@ def test_our_head_in_trls_trainer(kind, folder, tmp_path, tokenizer):
             assert found[1][2][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
+def test_a_head_that_zero_3_has_split_stays_trls(tokenizer):
+    model = make_tiny_model(tokenizer)
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="ZeRO-3 has split the model; keep TRL's head"):
+        add_mopo_head(model)
+
+
 def test_a_heads_temperature_is_trls(folder, tokenizer):
     """GRPO and RLOO divide the logits: a head that does not would train on other probabilities without a word."""
     ids = torch.tensor([tokenizer("a friendly text")["input_ids"]])
@@ -341,21 +349,26 @@ def test_what_is_refused(folder, tmp_path, tokenizer):
         trainer.train()
 
 
-def in_processes(kind, directory, processes):
+def in_processes(kind, directory, processes, **environment):
     """What each process of a run found."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(Path(__file__).with_name("trl_run.py")), kind, str(directory)]
     done = subprocess.run(command, env=environment | {"ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((directory / f"{rank}of{processes}.json").read_text()) for rank in range(processes)]
 
 
+ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(tmp_path, tokenizer):
+@pytest.mark.parametrize("engine", [{}, pytest.param(ZERO_3, marks=needs_deepspeed)], ids=["ddp", "deepspeed_zero3"])
+def test_two_processes_do_what_one_does(tmp_path, tokenizer, engine):
     """Losses, logged estimates and multipliers of pairs; five held-out pairs, where the last batch is filled up."""
     make_tiny_model(tokenizer).save_pretrained(tmp_path / "model")
-    (one,), two = (in_processes("dpo", tmp_path, processes) for processes in (1, 2))
+    (one,), two = in_processes("dpo", tmp_path, 1), in_processes("dpo", tmp_path, 2, **engine)
     assert two[0]["multipliers"] == two[1]["multipliers"]
     assert two[0]["multipliers"] == pytest.approx(one["multipliers"], rel=1e-12)
     for ours, theirs in zip(two[0]["steps"], one["steps"], strict=True):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
+from distributed_run import engines_on_cpus
 from tiny import make_pairs, make_tokenizer
 from trl import DPOConfig, GRPOConfig
 
@@ -63,4 +64,5 @@ def main(kind, directory):
 
 
 if __name__ == "__main__":
+    engines_on_cpus()
     main(*sys.argv[1:])

@@ -166,6 +166,11 @@ class MOPODPOTrainer(KeepsDual, DPOTrainer):
 
     # ------------------------------------------------------------------------------------------------------- loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Labels and stored log-probs stay as exact as they are; under DeepSpeed they would get the model's dtype."""
+        exact = {key: x for key, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        return super()._prepare_inputs(inputs) | {key: x.to(self.args.device) for key, x in exact.items()}
+
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return super().compute_ref_log_probs(model, {key: x for key, x in inputs.items() if key not in (COLUMN, GROUP)})
 

@@ -29,10 +29,12 @@ def add_mopo_head(model: PreTrainedModel | PeftModel, *, temperature: float = 1.
         temperature: what TRL's head divides logits by: GRPO's and RLOO's `temperature`, 1 in DPO.
 
     Raises:
-        ValueError: a head that is no argument of `linear_logprob` (an adapter on it, logits bent in an unknown way), or
-            other log-probs than TRL's head gives on a few tokens (another temperature).
+        ValueError: a head that is no argument of `linear_logprob` (an adapter on it, logits bent in an unknown way,
+            split by ZeRO-3), or other log-probs than TRL's head gives on a few tokens (another temperature).
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    if any(hasattr(parameter, "ds_id") for parameter in plain.parameters()):
+        raise ValueError("ZeRO-3 has split the model; keep TRL's head, which gathers its weight")
     otherwise, training = plain.forward, plain.training
     ids = torch.arange(PROBE_TOKENS, device=plain.device)[None]
     with torch.no_grad():
