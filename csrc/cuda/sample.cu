@@ -10,6 +10,8 @@
 // Products of samples: weighted sums of rows, a block for each list and part of the columns.
 #include "sample.h"
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "logits.cuh"
 #include "team.cuh"
@@ -407,7 +409,7 @@ void sum_rows(const Lists& lists, const Matrix& matrix, const Matrix& out, cudaS
     by_dtype(matrix.dtype, [&](auto element) {
         using T = decltype(element);
         const int64_t parts = ceil_div(out.columns, SUM_THREADS * Vector<T>::WIDTH);
-        const int64_t count = smaller(LISTS, ceil_div(out.rows * parts, BLOCKS));
+        const int64_t count = std::min<int64_t>(LISTS, ceil_div(out.rows * parts, BLOCKS));
         const auto kernel = out.dtype == matrix.dtype ? sum_rows_kernel<T, T> : sum_rows_kernel<T, Wide<T>>;
         launch(kernel, ceil_div(out.rows, count) * parts, SUM_THREADS, stream, lists, matrix, out, parts, count);
     });
