@@ -72,24 +72,7 @@ def rows():
     ]
 
 
-def untie(model):
-    """A head of its own, that only its own gradient moves."""
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
-
-
-def train(
-    directory,
-    groups_a_batch,
-    accumulation,
-    *,
-    resume=None,
-    fault=None,
-    is_untied=False,
-    lora_r=0,
-    dtype=None,
-    **options,
-):
+def train(directory, groups_a_batch, accumulation, *, model=None, resume=None, fault=None, lora_r=0, **options):
     """The trainer, when it is done; what it logged is in history.json, and every rank's multipliers in dual-RANK."""
     tokenizer = make_tokenizer()
     settings = {
@@ -116,18 +99,16 @@ def train(
         gradient_accumulation_steps=accumulation,
         **settings | options,
     )
-    model, callbacks = make_tiny_model(tokenizer), [Fault(**fault)] if fault else []
-    if is_untied:
-        untie(model)
-    if dtype:
-        model.to(getattr(torch, dtype))
+    model, callbacks = model or make_tiny_model(tokenizer), [Fault(**fault)] if fault else []
     adapter = LoraConfig(r=lora_r, target_modules="all-linear", init_lora_weights=False) if lora_r else None
     trainer = MOPOTrainer(
         model, args, rows(), rows()[:3], processing_class=tokenizer, peft_config=adapter, callbacks=callbacks
     )
+    was_split = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     state = {name: value.tolist() for name, value in trainer.dual.state_dict().items()}
+    state["was_split"] = was_split  # before training
     state["model"] = type(trainer.model_wrapped).__name__
     Path(directory, f"dual-{args.process_index}.json").write_text(json.dumps(state))
     if trainer.is_world_process_zero():

@@ -34,7 +34,6 @@ from mopo_trainer.report import plots
 from mopo_trainer.report.tables import new_table
 from mopo_trainer.training.callbacks import Bar, StepLines
 from mopo_trainer.training.config import MOPOConfig
-from mopo_trainer.training.engines import whole_models
 from mopo_trainer.training.resume import resolve_checkpoint
 from mopo_trainer.training.trainer import MOPOTrainer
 
@@ -137,10 +136,9 @@ def load_model(script: ScriptArguments) -> tuple[PreTrainedModel, PreTrainedToke
     origin = {"revision": script.model_revision, "trust_remote_code": script.trust_remote_code}
     dtype = script.dtype if script.dtype == "auto" else getattr(torch, script.dtype)
     try:
-        with whole_models():
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=script.attn_implementation, **origin
-            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=script.attn_implementation, **origin
+        )
         return model, AutoTokenizer.from_pretrained(source, **origin)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

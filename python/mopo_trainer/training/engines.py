@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers.integrations import deepspeed as transformers_deepspeed
+
+from mopo_trainer.training.split import is_zero3
 
 _ENGINES = {"ACCELERATE_USE_FSDP": DistributedType.FSDP, "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED}
 _DEEPSPEED_KEYS = {  # of its configuration: what was run with this loss
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("zero_optimization", "zero_allow_untested_optimizer", "bf16", "fp16", "steps_per_print"),
 }
+ADAPTER_UNDER_ZERO_3 = (
+    "an adapter under ZeRO-3: its starting weights, which the reference needs, would be split too, and that was never "
+    "tried; use examples/accelerate/deepspeed_zero2.yaml"
+)
 
 
 def check_engine(accelerator: Accelerator, *, has_adapter: bool) -> None:
@@ -60,10 +64,7 @@ def _check_deepspeed(config: Mapping[str, Any], *, has_adapter: bool) -> None:
     if config.get("fp16", {}).get("enabled") in (True, "auto"):
         raise ValueError("fp16 under DeepSpeed was never run with this loss; set mixed_precision to bf16 or no")
     if zero["stage"] == 3 and has_adapter:
-        raise ValueError(
-            "an adapter under ZeRO-3: its starting weights, which the reference needs, would be split too, and that "
-            "was never tried; use examples/accelerate/deepspeed_zero2.yaml"
-        )
+        raise ValueError(ADAPTER_UNDER_ZERO_3)
     if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError("checkpoints would hold no model that can be loaded; set zero3_save_16bit_model: true")
 
@@ -72,21 +73,7 @@ def _is_offloaded(part: Mapping[str, Any] | None) -> bool:
     return (part or {}).get("device") not in (None, "none")
 
 
-def check_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model that ZeRO-3 split as it was loaded: it cannot run before its engine is there."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            "ZeRO-3 has split the model as it was loaded, and it must run before training starts; load it before "
-            "MOPOConfig is made, or give MOPOTrainer its path"
-        )
-
-
-@contextmanager
-def whole_models() -> Iterator[None]:
-    """While open, transformers loads models whole, also where ZeRO-3 is to split them: that happens in training."""
-    reference = transformers_deepspeed._hf_deepspeed_config_weak_ref
-    transformers_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = reference
+def check_loaded(model: nn.Module, *, has_adapter: bool) -> None:
+    """Raise ValueError for an adapter on a model that ZeRO-3 has split already: it could not even be tried."""
+    if has_adapter and any(map(is_zero3, model.parameters())):
+        raise ValueError(ADAPTER_UNDER_ZERO_3)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mopo_trainer.data.sources import DataError, one_line
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.training.adapter import active_config
+from mopo_trainer.training.split import whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def check_tokens(model: PreTrainedModel, groups: TokenizedGroups, tokenizer: Any
 def vocabulary(model: PreTrainedModel) -> int:
     """Ids that the model both embeds and predicts."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    rows = [table.weight.shape[0] for table in tables if isinstance(getattr(table, "weight", None), Tensor)]
+    rows = [whole_shape(table.weight)[0] for table in tables if isinstance(getattr(table, "weight", None), Tensor)]
     return min(rows, default=model.config.get_text_config().vocab_size)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mopo_kernels import sequence_logprob, token_logprob
 from mopo_trainer.data.packing import IGNORE_INDEX, PackedSequences, SequenceBatch, pack
 from mopo_trainer.training.adapter import head_in_use
+from mopo_trainer.training.split import is_zero3
 
 
 class Unfused(ValueError):
@@ -138,7 +139,7 @@ def as_head_pass(plain: PreTrainedModel, function: Callable[[Tensor], Tensor], h
     hooks on what enters and leaves `module(...)`.
     """
     head = linear_head(plain)
-    if not hasattr(head.weight, "ds_id"):
+    if not is_zero3(head.weight):
         return function(hidden)
     attributes = vars(head)
     own = {name: value for name, value in attributes.items() if name == "forward"}

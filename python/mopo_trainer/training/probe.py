@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mopo_trainer.data.packing import PackedSequences, SequenceBatch, TokenSequence, pack
 from mopo_trainer.data.sources import one_line
 from mopo_trainer.training.head import Scoring, Transform, Unfused, head_input, linear_head
+from mopo_trainer.training.split import whole, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +130,10 @@ def measure_transform(plain: PreTrainedModel, ids: Sequence[int]) -> Transform:
         Unfused: no logit_scale and softcap, taken from the numbers of its configuration, give the model's logits.
     """
     head = linear_head(plain)
-    columns = torch.linspace(0, head.weight.shape[0] - 1, PROBE_COLUMNS).long().unique().to(head.weight.device)
-    weight = head.weight[columns].double()
-    bias = None if head.bias is None else head.bias[columns].double()
+    vocab = whole_shape(head.weight)[0]
+    columns = torch.linspace(0, vocab - 1, PROBE_COLUMNS).long().unique().to(head.weight.device)
+    weight = whole(head.weight)[columns].double()
+    bias = None if head.bias is None else whole(head.bias)[columns].double()
     products: list[Tensor] = []
 
     def amplify(hidden: Tensor) -> Tensor:  # logits of at most 0.1 at the first position, 300 at the last
@@ -143,7 +145,7 @@ def measure_transform(plain: PreTrainedModel, ids: Sequence[int]) -> Transform:
 
     with head_input(plain, amplify):
         logits = _own_logits(plain, ids)
-    if not products or products[-1].shape[1] < len(ids) or logits.shape[-1] != head.weight.shape[0]:
+    if not products or products[-1].shape[1] < len(ids) or logits.shape[-1] != vocab:
         raise Unfused("its logits do not come from hidden states [R, T, H] through its LM head alone")
     return _fit(products[-1][0, -len(ids) :], logits[:, columns].double(), plain.config, plain.dtype)
 

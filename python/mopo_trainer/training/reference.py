@@ -16,13 +16,13 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from mopo_trainer.data.packing import SequenceBatch, TokenSequence
 from mopo_trainer.data.tokens import TokenizedGroups
 from mopo_trainer.files import atomic_path
 from mopo_trainer.training.head import Scoring
+from mopo_trainer.training.split import whole
 
 logger = logging.getLogger(__name__)
 
@@ -160,18 +160,6 @@ def _hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
         for chunk in values.reshape(-1).split(CHUNK // tensor.element_size()):
             own = chunk.to("cpu", copy=True)  # FSDP could not free what numpy has looked at
             digest.update(own.view(torch.uint8).numpy())
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor that processes may share (FSDP, ZeRO-3): all of them ask for it together."""
-    if isinstance(x, DTensor):
-        return x.full_tensor().detach()
-    if hasattr(x, "ds_id"):
-        from deepspeed import zero  # optional dependency
-
-        with zero.GatheredParameters([x]):
-            return x.detach().clone()
-    return x.detach()
 
 
 def _hash_configs(digest: hashlib._Hash, model: nn.Module) -> None:

@@ -47,7 +47,7 @@ from mopo_trainer.training.batches import deal
 from mopo_trainer.training.callbacks import DualCallback
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.datasets import read_groups, tokenize
-from mopo_trainer.training.engines import check_engine, check_whole, whole_models
+from mopo_trainer.training.engines import check_engine, check_loaded
 from mopo_trainer.training.evaluation import (
     EvalGroups,
     by_prefix,
@@ -61,6 +61,7 @@ from mopo_trainer.training.head import Scoring, as_head_pass, head_arguments
 from mopo_trainer.training.probe import check_lengths, probe_scoring, sharing_obstacle
 from mopo_trainer.training.reference import frozen_fingerprint, initial_logps, policy_fingerprint, response_logps
 from mopo_trainer.training.resume import RunState, resolve_checkpoint, write_manifest
+from mopo_trainer.training.split import gathered_passes, parameter_count
 from mopo_trainer.training.step import StepBatch, StepLabels, StepRecord
 
 logger = logging.getLogger(__name__)
@@ -103,11 +104,10 @@ class MOPOTrainer(Trainer):
         if not isinstance(args, MOPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; give a MOPOConfig, which takes the same options")
         if isinstance(model, str | Path):
-            with whole_models():
-                model = AutoModelForCausalLM.from_pretrained(model)
-        check_whole(model)
+            model = AutoModelForCausalLM.from_pretrained(model)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
         model = with_adapter(model, peft_config, args.seed)
+        check_loaded(model, has_adapter=carries_adapter(model))
         check_trainable(model, share_prompt=args.share_prompt, gradient_checkpointing=args.gradient_checkpointing)
         groups = read_groups(train_dataset, "train_dataset", args)
         names = _objective_order(objectives(groups), args)
@@ -132,14 +132,15 @@ class MOPOTrainer(Trainer):
             callbacks=[DualCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._parameter_count = model.num_parameters(exclude_embeddings=True)  # while ZeRO-3 has not hidden them
+        self._parameter_count = parameter_count(model)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the groups of the whole step
         self.label_names: list[str] = []
         check_engine(self.accelerator, has_adapter=carries_adapter(model))
         self.start = starting_weights(model)
-        self._check_fit(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
-        self.scoring = self._probe(Scoring(pad_token(model, tokenizer), backend=args.backend))
-        self._check_lengths(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
+        with gathered_passes(model):
+            self._check_fit(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
+            self.scoring = self._probe(Scoring(pad_token(model, tokenizer), backend=args.backend))
+            self._check_lengths(self.train_groups, *by_prefix(self.eval_groups, "eval").values())
 
     # ------------------------------------------------------------------------------------------------- the step
 

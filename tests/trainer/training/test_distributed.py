@@ -14,6 +14,7 @@ import pytest
 import torch
 from processes import together
 from safetensors.torch import load_file
+from tiny import make_tiny_model, make_tokenizer
 
 from mopo_trainer.training.adapter import ADAPTER_FILE
 
@@ -139,12 +140,21 @@ BEST = {
     "configuration", ["ddp", *(pytest.param(f"deepspeed_zero{i}", marks=needs_deepspeed) for i in (2, 3))]
 )
 def test_an_untied_head_and_the_best_checkpoint(tmp_path, configuration):
-    """All processes end with the best checkpoint's weights; the last one's equal one process's."""
-    options = {**ADAM, **BEST, "save_strategy": "steps", "is_untied": True}
+    """All processes end with the best checkpoint's weights; the last one's equal one process's.
+
+    The model comes from its path, where ZeRO-3 splits it as it is loaded.
+    """
+    model = make_tiny_model(make_tokenizer())
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())  # moved by its own gradient alone
+    model.save_pretrained(tmp_path / "model")
+    options = {**ADAM, **BEST, "save_strategy": "steps", "model": str(tmp_path / "model")}
     distributed_run.train(tmp_path / "one", 8, 1, **options)
     code, said = finish(launch(tmp_path / "two", configuration, **options))
     assert code == 0, said
     assert "Could not locate the best model" not in said
+    duals = [json.loads((tmp_path / "two" / f"dual-{rank}.json").read_text()) for rank in range(2)]
+    assert [dual["was_split"] for dual in duals] == [configuration == "deepspeed_zero3"] * 2
     assert_same(history(tmp_path / "two"), history(tmp_path / "one"))
     assert_same_weights(tmp_path / "two", tmp_path / "one")
 

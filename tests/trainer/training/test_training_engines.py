@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers.integrations import deepspeed as transformers_deepspeed
 
-from mopo_trainer.training.engines import check_engine, check_whole, whole_models
+from mopo_trainer.training.engines import check_engine, check_loaded
 
 
 def accelerator(kind, *, fsdp2=True, stage=2, zero=None, **config):
@@ -60,17 +59,10 @@ def test_weights_are_split_without_adapters(monkeypatch, variable, kind):
     check_engine(accelerator(kind, stage=3, bf16={"enabled": True}), has_adapter=False)
 
 
-def test_a_model_that_was_split_as_it_was_loaded_is_refused():
+def test_an_adapter_on_a_model_that_was_split_as_it_was_loaded_is_refused():
     model = nn.Linear(2, 2)
-    check_whole(model)
+    check_loaded(model, has_adapter=True)
     model.weight.ds_id = 0
-    with pytest.raises(ValueError, match="load it before MOPOConfig is made"):
-        check_whole(model)
-
-
-def test_models_are_loaded_whole_where_zero_3_is_on(monkeypatch):
-    zero3 = SimpleNamespace(is_zero3=lambda: True)
-    monkeypatch.setattr(transformers_deepspeed, "_hf_deepspeed_config_weak_ref", lambda: zero3)
-    with whole_models():
-        assert not transformers_deepspeed.is_deepspeed_zero3_enabled()
-    assert transformers_deepspeed.is_deepspeed_zero3_enabled()
+    check_loaded(model, has_adapter=False)
+    with pytest.raises(ValueError, match="an adapter under ZeRO-3"):
+        check_loaded(model, has_adapter=True)

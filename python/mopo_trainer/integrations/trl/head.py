@@ -16,6 +16,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from mopo_kernels import linear_logprob
 from mopo_trainer.training.head import Transform, head_input, linear_head
 from mopo_trainer.training.probe import PROBE_TOKENS, measure_transform
+from mopo_trainer.training.split import is_zero3
 
 
 def add_mopo_head(model: PreTrainedModel | PeftModel, *, temperature: float = 1.0) -> None:
@@ -33,7 +34,7 @@ def add_mopo_head(model: PreTrainedModel | PeftModel, *, temperature: float = 1.
             split by ZeRO-3), or other log-probs than TRL's head gives on a few tokens (another temperature).
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    if any(hasattr(parameter, "ds_id") for parameter in plain.parameters()):
+    if any(map(is_zero3, plain.parameters())):
         raise ValueError("ZeRO-3 has split the model; keep TRL's head, which gathers its weight")
     otherwise, training = plain.forward, plain.training
     ids = torch.arange(PROBE_TOKENS, device=plain.device)[None]
