@@ -73,7 +73,7 @@ def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def liger_sm90(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from liger_kernel.ops.cutedsl.ops import liger_fused_linear_cross_entropy_sm90
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
 
     return liger_fused_linear_cross_entropy_sm90(hidden, weight, target, reduction="sum")
 
@@ -117,7 +117,7 @@ GPU_HEADS = {  # CCE leaves out small gradients unless told otherwise, so it ent
     "Liger scaled": liger_scaled,  # per row; CuTe DSL on Hopper, else plain torch
     "QuACK": quack,  # CuTe DSL; on Hopper by its scaled exponentials
 }
-OURS = {  # with the sum asked for, so that coefficients are known beforehand, and per row; in 64 MiB and in 512
+OURS = {  # with the sum asked for, so that coefficients are known beforehand, and per row; by default and in 512 MiB
     "mopo, sum": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum"),
     "mopo, per row": lambda h, w, t: -linear_logprob(h, w, t).sum(),
     "mopo, sampled 1/64": lambda h, w, t: -linear_logprob(h, w, t, reduction="sum", grad_sampling=SAMPLED),

@@ -91,8 +91,9 @@ def linear_logprob(
             flops in all, whatever the reduction, the upstream gradient and what else is returned, beside N · (1/ε + 3)
             · 8 bytes that wait for the backward. What it adds to the noise of a batch is in docs/sampling.md.
         workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
-            float32); None is 64 MiB on CPUs, a 64th of its memory but at least 512 MiB on a GPU. More makes blocks of
-            more rows, faster to multiply.
+            float32). None is, on CPUs, 512 rows of float32 logits, as many as products need to be fast, but 64 to 512
+            MiB, and 512 MiB where rows wait for their upstream gradients; on a GPU a 64th of its memory, at least 512
+            MiB.
         backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
         vocab_group: the processes that hold a part of the vocabulary each: `weight` [V_r, H] and `bias` [V_r] are then
             this one's rows of the head, in the order of ranks and as many as it has; targets stay those of the whole

@@ -39,7 +39,7 @@ DTYPE = "bfloat16"  # of steps.py
 RESULTS_FILE = "<results>"  # stands in a command for the file of a step's results
 OUTPUT = 8000  # characters of a step's output that the report keeps, the last ones
 
-TESTS = ["cuda_gpu", "gpu_backends", "triton", "cut", "batch", "gpu"]  # test_….py, in whatever folder of tests
+TESTS = ["gpu", "cuda_gpu", "gpu_backends", "triton", "cut", "batch"]  # test_….py, in whatever folder; slowest first
 PROFILE = [sys.executable, "-m", "mopo_kernels.measure.profile"]
 NCU = ["ncu", "--clock-control", "none", "--section", "SpeedOfLight", "--section", "LaunchStats", "--launch-count", "8"]
 NCU_KERNELS = ["--kernel-name", "regex:statistics|gradient|sums|cut"]
@@ -65,6 +65,8 @@ def main() -> None:
         output = options.output or (None if report["dry_run"] else RESULTS / _slug(report["gpu"]))
         for step in chosen(steps_of(report["architecture"], work, dry_run=report["dry_run"]), options.only):
             report["steps"].append(run_step(step, deadline, work, dry_run=report["dry_run"]))
+            if step.name == "build" and not report["dry_run"]:  # now the kernels are there that the others will use
+                report["steps"][0] = environment(options, deadline, work)
             finish(report, seconds=time.monotonic() - started)
             if output is not None:
                 write(report, output, work)
@@ -75,8 +77,7 @@ def main() -> None:
 
 def begin(options: argparse.Namespace, deadline: float, work: Path) -> dict[str, Any]:
     """A report that holds the first step: on what machine the others are to run."""
-    step = Step("environment", _measure("environment", dry_run=options.dry_run), 120)
-    outcome = run_step(step, deadline, work, dry_run=options.dry_run)
+    outcome = environment(options, deadline, work)
     if not outcome["results"]:
         print(outcome["output"], file=sys.stderr)
         sys.exit(f"gpu_report: error: this Python cannot run the measurements: {outcome['error']}")
@@ -93,6 +94,12 @@ def begin(options: argparse.Namespace, deadline: float, work: Path) -> dict[str,
     }
 
 
+def environment(options: argparse.Namespace, deadline: float, work: Path) -> dict[str, Any]:
+    (work / "environment.jsonl").unlink(missing_ok=True)
+    step = Step("environment", _measure("environment", dry_run=options.dry_run), 120)
+    return run_step(step, deadline, work, dry_run=options.dry_run)
+
+
 def steps_of(architecture: str, work: Path, *, dry_run: bool) -> list[Step]:
     """The most telling first."""
     rows, hidden_size, vocab = ("8", "32", "100") if dry_run else ("16384", "4096", "128256")
@@ -102,7 +109,7 @@ def steps_of(architecture: str, work: Path, *, dry_run: bool) -> list[Step]:
     first_heads, *other_heads = ["heads-32"] if dry_run else ["heads-4096", "heads-2048", "heads-5120"]
     target = f"MOPO_CUDA_ARCHS={_compute_capability(architecture)}"
     build = ["env", "MOPO_BUILD_CUDA=1", target, sys.executable, "setup.py", "build_ext", "--inplace"]
-    tests = [sys.executable, "-m", "pytest", *test_files(), "-m", "not slow"]
+    tests = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "pytest", *test_files(), "-m", "not slow"]
     tests += ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     return [
         Step("build", build, 150, True),

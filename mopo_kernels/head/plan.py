@@ -13,7 +13,7 @@ gradient of hidden 2 and that of weight 2.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,8 +24,10 @@ from mopo_kernels.head.products import sums_in
 from mopo_kernels.head.rates import Rates
 from mopo_kernels.head.rows import Rows, count
 
-CPU_WORKSPACE = 64 * 2**20
-CPU_CACHE = 4 * 2**20  # one pass is 4% faster than with whole rows on 2 cores and 32 MiB of L3; 8 MiB are too many
+CPU_WORKSPACE = 64 * 2**20  # at least
+CPU_MOST = 512 * 2**20  # to which it grows with the vocabulary, and what logits that wait for the backward may take
+CPU_ROWS = 512  # of all columns: products of 64 rows ran at half the speed of many, of 256 at 90% and more
+CPU_COLUMNS = 2048  # of a product of a CPU: hidden · weightᵀ of 128 rows ran at 128 GFLOP/s, of 8192 columns at 88
 GPU_WORKSPACE = 512 * 2**20  # at least: 2048 rows of 128k logits in 16 bits
 GPU_SHARE = 64  # this part of a GPU's memory, if that is more: the more rows, the less often the sums are read
 ALIGN = 128  # column blocks are whole numbers of it
@@ -49,6 +51,11 @@ class HeadSizes(NamedTuple):
     on_gpu: bool = False
     sums_in_place: bool = False  # products are added to float32 sums where these stand
     needs_weight: bool = True  # its gradient is asked for
+
+    @property
+    def widest(self) -> int:
+        """Columns of a product at most."""
+        return self.vocab if self.on_gpu else min(self.vocab, CPU_COLUMNS)
 
     @classmethod
     def of(cls, inputs: HeadInputs, rows: Rows, call: HeadCall) -> HeadSizes:
@@ -90,10 +97,13 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float32 if is_widened else weight.dtype
 
 
-def default_workspace(device: torch.device) -> int:
-    """Bytes that temporaries may take where the caller sets no bound: on a GPU, a share of its memory."""
+def default_workspace(device: torch.device, vocab: int = 0, *, keeps: bool = False) -> int:
+    """Bytes that temporaries may take where the caller sets no bound; `keeps`: the logits of all rows among them.
+
+    On a CPU as many rows of float32 logits as products need to be fast; on a GPU, a share of its memory.
+    """
     if device.type != "cuda":
-        return CPU_WORKSPACE
+        return CPU_MOST if keeps else min(max(CPU_WORKSPACE, CPU_ROWS * vocab * 4), CPU_MOST)
     if torch.compiler.is_compiling():  # what is traced asks the device nothing; operators plan when they run
         return GPU_WORKSPACE
     return max(GPU_WORKSPACE, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
@@ -104,30 +114,22 @@ def _sums_in_place(weight: torch.Tensor) -> bool:
     return weight.dtype == accumulate or sums_in(accumulate, weight.dtype, weight.device)
 
 
-def cache_of(device: torch.device, logits: Logits) -> int | None:
-    """Bytes of logits that stay in the last cache between a product and the folds, beside what else goes through it.
-
-    None where that gains nothing: a GPU's products lose more by narrow blocks, and so do plans of many rows.
-    """
-    return CPU_CACHE if device.type == "cpu" and logits == "fused" else None
-
-
 def plan_for(inputs: HeadInputs, rows: Rows, call: HeadCall, logits: Logits) -> Plan:
     """The tile engine's blocks for these rows."""
-    device = inputs.weight.device
-    workspace = call.workspace_bytes or default_workspace(device)
-    return make_plan(HeadSizes.of(inputs, rows, call), workspace, logits, cache_of(device, logits))
+    sizes = HeadSizes.of(inputs, rows, call)
+    return make_plan(sizes, _workspace(inputs, call, sizes, logits), logits)
 
 
-def make_plan(sizes: HeadSizes, workspace_bytes: int, logits: Logits, cache_bytes: int | None = None) -> Plan:
-    """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can.
+def _workspace(inputs: HeadInputs, call: HeadCall, sizes: HeadSizes, logits: Logits) -> int:
+    return call.workspace_bytes or default_workspace(inputs.weight.device, sizes.vocab, keeps=logits == "kept")
 
-    `cache_bytes`: column blocks whose logits fit it are folded while a product's result is still in the cache.
-    """
+
+def make_plan(sizes: HeadSizes, workspace_bytes: int, logits: Logits) -> Plan:
+    """Blocks whose temporaries stay within `workspace_bytes`, as far as blocks of one row and ALIGN columns can."""
     cost, vocab = _Bytes.of(sizes), sizes.vocab
     if logits == "kept":
-        return _cached(_kept(sizes, cost, workspace_bytes), cache_bytes)
-    column_block = vocab if cost.per_column == 0 else _aligned(workspace_bytes // 4 // cost.per_column, vocab)
+        return _kept(sizes, cost, workspace_bytes)
+    column_block = sizes.widest if cost.per_column == 0 else _aligned(workspace_bytes // 4 // cost.per_column, sizes)
     per_row = cost.per_row + vocab * cost.logit
     panels = column_block * cost.per_column
     capacity = (workspace_bytes - panels) // per_row
@@ -140,15 +142,14 @@ def make_plan(sizes: HeadSizes, workspace_bytes: int, logits: Logits, cache_byte
     if logits == "fused" and capacity >= min(sizes.rows, MIN_RESIDENT_ROWS):
         row_block = _balanced(sizes.rows, capacity)
         reason = f"one pass, 6·N·H·V: {row_block} rows × all {vocab} columns fit the workspace"
-        plan = Plan(row_block, column_block, True, sizes.compute, row_block * per_row + panels, reason)
-        return _cached(plan, cache_bytes)
-    return _cached(_streamed(sizes, cost, workspace_bytes), cache_bytes)
+        return Plan(row_block, column_block, True, sizes.compute, row_block * per_row + panels, reason)
+    return _streamed(sizes, cost, workspace_bytes)
 
 
 def fits_kept(inputs: HeadInputs, call: HeadCall) -> bool:
     """Whether the logits of all rows fit the workspace beside what the backward needs to use them."""
     sizes = HeadSizes.of(inputs, slice(0, len(inputs.target)), call)._replace(gathered=True)
-    workspace = call.workspace_bytes or default_workspace(inputs.weight.device)
+    workspace = _workspace(inputs, call, sizes, "kept")
     return make_plan(sizes, workspace, "kept").workspace <= workspace
 
 
@@ -196,17 +197,10 @@ def _lent_rows(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> int:
 
 def _kept(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
     rows, vocab = sizes.rows, sizes.vocab
-    column_block = _aligned(workspace_bytes // 8 // (rows * cost.logit + cost.per_column), vocab)
+    column_block = _aligned(workspace_bytes // 8 // (rows * cost.logit + cost.per_column), sizes)
     used = rows * (cost.per_row + vocab * cost.logit) + column_block * (rows * cost.logit + cost.per_column)
     reason = f"logits kept for the backward, 6·N·H·V: {rows} × {vocab} fit the workspace"
     return Plan(rows, column_block, True, sizes.compute, used, reason)
-
-
-def _cached(plan: Plan, cache_bytes: int | None) -> Plan:
-    if cache_bytes is None:
-        return plan
-    columns = _aligned(cache_bytes // (plan.row_block * plan.compute.itemsize), plan.column_block)
-    return replace(plan, column_block=columns)
 
 
 def _streamed(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
@@ -217,7 +211,7 @@ def _streamed(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> Plan:
     least = 1 if sizes.on_gpu else 2  # columns of a tile for each of its rows
     while row_block > 1 and columns_of(row_block) < min(sizes.vocab, least * row_block):
         row_block = (row_block + 1) // 2
-    column_block = _aligned(columns_of(row_block), sizes.vocab)
+    column_block = _aligned(columns_of(row_block), sizes)
     used = row_block * cost.per_row + column_block * (row_block * cost.logit + cost.per_column)
     reason = f"logits formed in each pass, 8·N·H·V: {row_block} rows × {column_block} columns at a time"
     return Plan(row_block, column_block, False, sizes.compute, used, reason)
@@ -230,8 +224,8 @@ def _square(sizes: HeadSizes, cost: _Bytes, workspace_bytes: int) -> int:
     return max(1, workspace_bytes // (per_row + min(side, sizes.vocab) * logit))
 
 
-def _aligned(columns: int, vocab: int) -> int:
-    return min(vocab, max(ALIGN, columns // ALIGN * ALIGN))
+def _aligned(columns: int, sizes: HeadSizes) -> int:
+    return min(sizes.widest, max(ALIGN, columns // ALIGN * ALIGN))
 
 
 def _balanced(rows: int, capacity: int) -> int:

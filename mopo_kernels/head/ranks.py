@@ -88,7 +88,7 @@ def agree(inputs: HeadInputs, call: HeadCall, split: Split, part: _Part) -> Head
     if call.backend == "reference":
         raise ValueError("backend='reference' has no split LM heads: leave backend out, or gather the weight")
     world, rank = dist.get_world_size(part.group), dist.get_rank(part.group)
-    workspace = call.workspace_bytes or default_workspace(inputs.weight.device)
+    workspace = call.workspace_bytes or default_workspace(inputs.weight.device, len(inputs.weight))
     options = [*replace(call, workspace_bytes=None).flat(), inputs.hidden.shape[-1], inputs.bias is not None]
     numbers = [inputs.weight.shape[0], workspace, *options, DTYPES.index(inputs.weight.dtype)]
     said = torch.cat([torch.tensor(numbers, dtype=torch.float64, device=inputs.weight.device), _marks(inputs, call)])

@@ -13,11 +13,12 @@ from mopo_kernels.head import rates
 from mopo_kernels.head.call import HeadCall, HeadInputs
 from mopo_kernels.head.plan import (
     ALIGN,
-    CPU_CACHE,
+    CPU_COLUMNS,
+    CPU_MOST,
+    CPU_ROWS,
     CPU_WORKSPACE,
     GPU_WORKSPACE,
     HeadSizes,
-    cache_of,
     default_workspace,
     fits_kept,
     make_plan,
@@ -36,11 +37,10 @@ def make(
     workspace=CPU_WORKSPACE,
     logits="fused",
     gathered=True,
-    cache=None,
     **gpu,
 ):
     sizes = HeadSizes(max(rows, 1), hidden_size, vocab, dtype, compute or widened(dtype), gathered, **gpu)
-    return make_plan(sizes, workspace, logits, cache)
+    return make_plan(sizes, workspace, logits)
 
 
 def widened(dtype):
@@ -56,16 +56,14 @@ def widened(dtype):
     widen=st.booleans(),
     workspace=st.integers(2**20, 2**30),
     logits=st.sampled_from(["fused", "recompute"]),
-    cache=st.one_of(st.none(), st.integers(2**10, 2**26)),
     gpu=st.fixed_dictionaries({"on_gpu": st.booleans(), "sums_in_place": st.booleans(), "needs_weight": st.booleans()}),
 )
-def test_blocks_fit_the_workspace(rows, hidden_size, vocab, dtype, widen, workspace, logits, cache, gpu):
-    compute, cache = widened(dtype) if widen and not gpu["on_gpu"] else dtype, None if gpu["on_gpu"] else cache
+def test_blocks_fit_the_workspace(rows, hidden_size, vocab, dtype, widen, workspace, logits, gpu):
+    compute = widened(dtype) if widen and not gpu["on_gpu"] else dtype
     gpu["sums_in_place"] &= gpu["on_gpu"]
-    options = {"dtype": dtype, "compute": compute, "workspace": workspace, "logits": logits, "cache": cache}
+    options = {"dtype": dtype, "compute": compute, "workspace": workspace, "logits": logits}
     p = make(rows, hidden_size, vocab, **options, **gpu)
-    if cache is not None and p.column_block > ALIGN:
-        assert p.row_block * p.column_block * compute.itemsize <= cache
+    assert gpu["on_gpu"] or p.column_block <= CPU_COLUMNS
     assert 1 <= p.row_block <= max(rows, 1)
     assert 1 <= p.column_block <= vocab
     assert p.column_block == vocab or p.column_block % ALIGN == 0
@@ -129,12 +127,20 @@ def test_the_cost_model_counts_what_each_engine_does():
     assert seconds(sizes, streamed, free)[0] == pytest.approx(8 * n * h * v / 6e14)
 
 
-def test_one_pass_on_a_cpu_folds_logits_that_are_still_in_the_cache():
+def test_a_cpus_workspace_grows_with_the_vocabulary_to_as_many_rows_as_products_need():
     cpu = torch.device("cpu")
-    assert [cache_of(cpu, logits) for logits in ("fused", "kept", "recompute")] == [CPU_CACHE, None, None]
-    p = make(2048, 576, 49152, cache=CPU_CACHE)
-    assert p.resident
-    assert CPU_CACHE * 0.9 < p.row_block * p.column_block * 4 <= CPU_CACHE
+    assert default_workspace(cpu, 1000) == CPU_WORKSPACE
+    assert default_workspace(cpu, 128256) == CPU_ROWS * 128256 * 4
+    assert default_workspace(cpu, 10**6) == CPU_MOST
+    assert default_workspace(cpu, 1000, keeps=True) == CPU_MOST
+    for vocab in (32768, 49152, 128256, 151936):
+        assert make(2048, 2048, vocab, workspace=default_workspace(cpu, vocab)).row_block >= 400
+
+
+def test_logits_of_up_to_512_mib_wait_on_a_cpu_for_the_backward():
+    for rows, fits in ((1000, True), (1100, False)):
+        inputs = HeadInputs(torch.empty(rows, 64), torch.empty(2**17 - 4096, 64), None, torch.empty(rows))
+        assert fits_kept(inputs, HeadCall(Transform.of(1.0), -100)) == fits
 
 
 @pytest.mark.parametrize(("gib", "expected"), [(24, GPU_WORKSPACE), (80, 80 * 2**24)])
@@ -142,12 +148,10 @@ def test_the_workspace_grows_with_a_gpus_memory(gib, expected, monkeypatch):
     properties = SimpleNamespace(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert default_workspace(torch.device("cuda")) == expected
-    assert default_workspace(torch.device("cpu")) == CPU_WORKSPACE
 
 
 def test_what_the_planner_asks_of_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
-    assert cache_of(gpu, "fused") is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     measured = {"gemm": 6e14, "copy": 3e12, "cut_statistics": 5e14, "cut_gradients": 4e14}
     monkeypatch.setattr(rates, "_table", lambda: {"sm_90": {"bfloat16": measured}})
