@@ -39,10 +39,11 @@ format: $(STAMP)  ## let ruff rewrite
 bench: $(STAMP)  ## benchmarks, half an hour: they measure and assert nothing about time; tables and plots in runs/bench
 	$(BIN)/python -m bench.cpu.run runs/bench
 
-results: $(STAMP)  ## docs/results.md, its tables and pictures, made again from the committed runs
+results: $(STAMP)  ## tables and pictures of docs/results.md and docs/sampling.md, made again from the committed runs
 	$(BIN)/python -m bench.studies.tabular.report bench/results/tabular
 	$(BIN)/python -m bench.studies.lab.report bench/results/lab docs/results.md
 	$(BIN)/python -m bench.studies.real_model.report bench/results/real_model docs/results.md
+	$(BIN)/python -m bench.studies.sampled_training bench/results/sampling docs/sampling.md --minutes 0
 
 clean:  ## remove build outputs, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -201,9 +201,8 @@ def less_exact(rows: list[Row], setting: str, name: str, value: Callable[[Row], 
 
 def interval(values: NDArray[np.float64]) -> tuple[Any, Any, Any]:
     """Mean over seeds, and the bounds of its 95% t interval."""
-    mean, error = values.mean(0), stats.sem(values, 0)
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
-    return mean, low, high
+    mean, width = values.mean(0), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values, 0)
+    return mean, mean - width, mean + width
 
 
 def tables(rows: list[Row]) -> str:
@@ -246,7 +245,7 @@ def draw(rows: list[Row]) -> Figure:
         below.set_xlabel("step")
     axes[0, 0].set_ylabel("training loss, nats a token")
     axes[1, 0].set_ylabel("sampled less exact, 95%")
-    axes[0, -1].legend(fontsize=8)
+    axes[0, -1].legend(title="ε", fontsize=8)
     return figure
 
 
