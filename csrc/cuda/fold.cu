@@ -244,8 +244,9 @@ __device__ void fill_with_zero(T* out, int64_t columns, const Parts& parts) {
     if (parts.has_edges() && threadIdx.x < layout.edges()) out[layout.edge(threadIdx.x)] = narrowed<T>(0);
 }
 
+// Left alone, ptxas aims at 64 registers for float64 and spills on sm_120.
 template <class T, bool OF_LSE>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, OF_LSE && sizeof(T) == sizeof(double) ? 2 : 0)
     gradient_kernel(Tile tile, Transform options, GradientRows rows, Parts parts) {
     using A = Wide<T>;
     constexpr int WIDTH = Vector<T>::WIDTH;
