@@ -1,6 +1,7 @@
 """Contestants timed in turn: every round runs each once, so that other work on the machine falls on all alike.
 
-Time is the median over rounds after a warm-up, on a GPU with a cold L2; memory the peak above the start, outputs and
+The order is another one in each round: a GPU at its power limit is up to 8% slower after one contestant than after
+another. Time is the median over rounds after a warm-up, on a GPU with a cold L2; memory the peak above the start, outputs and
 gradients included. One that fails (a peer that is not installed, a GPU's memory that is too small) is reported as such
 and leaves the rest alone.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -149,7 +151,8 @@ def _play(calls: dict[str, Run], results: dict[str, Result], device: torch.devic
     for done in range(limits.rounds):
         if done >= MIN_ROUNDS and time.monotonic() - start > limits.seconds:
             break
-        for name, call in list(calls.items()):
+        for name in random.Random(done).sample(sorted(calls), len(calls)):
+            call = calls[name]
             cold()
             try:
                 results[name].rounds.append(time_once(call, device))
