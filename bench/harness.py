@@ -1,9 +1,9 @@
 """Contestants timed in turn: every round runs each once, so that other work on the machine falls on all alike.
 
 The order is another one in each round: a GPU at its power limit is up to 8% slower after one contestant than after
-another. Time is the median over rounds after a warm-up, on a GPU with a cold L2; memory the peak above the start, outputs and
-gradients included. One that fails (a peer that is not installed, a GPU's memory that is too small) is reported as such
-and leaves the rest alone.
+another. Time is the median over rounds after a warm-up, on a GPU with a cold L2; memory the peak above the start,
+outputs and gradients included. One that fails (a peer that is not installed, a GPU's memory that is too small) is
+reported as such and leaves the rest alone.
 """
 
 from __future__ import annotations

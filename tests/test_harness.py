@@ -24,10 +24,14 @@ def of(*runs):
     return {f"{i}": lambda run=run: run for i, run in enumerate(runs)}
 
 
-def test_contestants_take_turns():
+def test_contestants_take_turns_in_orders_of_their_own():
     order = []
-    harness.hold({name: lambda name=name: lambda: order.append(name) for name in "ab"}, limits=ROUNDS)
-    assert order == [*"aabb", *"ab" * 3]  # warm-up and memory, then three rounds
+    harness.hold({name: lambda name=name: lambda: order.append(name) for name in "abcd"}, limits=ROUNDS)
+    assert order[:8] == [*"aabbccdd"]  # warm-up and memory
+    rounds = ["".join(order[first : first + 4]) for first in (8, 12, 16)]
+    assert all(sorted(played) == [*"abcd"] for played in rounds)
+    assert len(set(rounds)) > 1
+    assert len(order) == 20
 
 
 def test_a_contestant_that_fails_is_reported_and_leaves_the_rest_alone():
