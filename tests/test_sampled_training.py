@@ -69,18 +69,25 @@ def everywhere(rows):
 
 
 def test_losses_are_nats_a_token_of_the_weighted_responses(tiny):
-    trainer = training.make_trainer(Run(LORA, EXACT, 0))
-    model = demo._tiny_model(0)[0].eval()
-    counted = training.Weighted.of(trainer, trainer.train_groups)
-    first = counted.group < training.GROUPS
-    total = tokens = 0.0
-    for (ids, prompt), weight, counts in zip(counted.sequences, counted.weight, first, strict=True):
-        if counts:
-            with torch.no_grad():
-                logp = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-            picked = logp.gather(-1, torch.tensor(ids[1:])[:, None])[prompt - 1 :]
-            total, tokens = total - float(weight * picked.sum()), tokens + float(weight * len(picked))
-    assert training.result(Run(LORA, EXACT, 0))["losses"][0] == pytest.approx(total / tokens, rel=1e-5)
+    run = Run(LORA, EXACT, 0)
+    trainer = training.make_trainer(run)
+    rows = training.texts().select(range(training.HELD_OUT))
+    held_out = training.tokenize(rows, trainer.dual.objectives, trainer.processing_class, trainer.args)
+    found = training.result(run)
+    assert found["losses"][0] == pytest.approx(plain_loss(trainer, trainer.train_groups, training.GROUPS), rel=1e-5)
+    assert found["held_out"][0] == pytest.approx(plain_loss(trainer, held_out, training.HELD_OUT), rel=1e-5)
+
+
+def plain_loss(trainer, groups, count):
+    """Nats a token of the first groups, from the untrained model's logits of one response after the other."""
+    model, counted = demo._tiny_model(0)[0].eval(), training.Weighted.of(trainer, groups.first(count))
+    nats = tokens = 0.0
+    for (ids, prompt), weight in zip(counted.sequences, counted.weight.tolist(), strict=True):
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        picked = logp.gather(-1, torch.tensor(ids[1:])[:, None])[prompt - 1 :]
+        nats, tokens = nats - weight * float(picked.sum()), tokens + weight * len(picked)
+    return nats / tokens
 
 
 def test_differences_are_paired_by_seed():
