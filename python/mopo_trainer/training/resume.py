@@ -43,12 +43,25 @@ class RunState(NamedTuple):
             identity = file.metadata() or {}
         return cls(_under("dual.", named), _under("reference.", named), identity)
 
-    def check(self, dual: MOPODual, checkpoint: str, identity: Mapping[str, str], *, needs_reference: bool) -> None:
+    def check(
+        self,
+        dual: MOPODual,
+        checkpoint: str,
+        identity: Mapping[str, str],
+        *,
+        needs_reference: bool,
+        by_deepspeed: bool,  # whether DeepSpeed runs now
+    ) -> None:
         """Raises ValueError where the arguments have changed as the state cannot follow, or half of it is absent."""
         if not Path(checkpoint, SCHEDULER_NAME).is_file():
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: it holds no state of the optimizer (save_only_model); start a "
                 "new run from its model"
+            )
+        if not by_deepspeed and not any(Path(checkpoint).glob("optimizer*")):  # transformers would start it anew
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint}: DeepSpeed wrote its state of the optimizer, which only DeepSpeed "
+                "reads; resume under the configuration that it had, or start a new run from its model"
             )
         if self.dual.keys() != dual.state_dict().keys():
             unknown = ", ".join(sorted(self.dual.keys() ^ dual.state_dict().keys()))

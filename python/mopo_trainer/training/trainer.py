@@ -472,7 +472,13 @@ class MOPOTrainer(Trainer):
             if self.start:
                 self.start = read_adapter(Path(checkpoint), self.accelerator.unwrap_model(self.model))
             state = RunState.read(Path(checkpoint))
-            state.check(self.dual, checkpoint, self._identity, needs_reference=self._needs_reference())
+            state.check(
+                self.dual,
+                checkpoint,
+                self._identity,
+                needs_reference=self._needs_reference(),
+                by_deepspeed=self.is_deepspeed_enabled,
+            )
             self.dual.load_state_dict(state.dual)
             self.reference = state.reference
         super()._load_optimizer_and_scheduler(checkpoint)

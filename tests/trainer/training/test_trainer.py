@@ -15,6 +15,7 @@ from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, sol
 from mopo_trainer.training import trainer as trainer_module
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.head import Scoring
+from mopo_trainer.training.resume import MANIFEST, write_manifest
 from mopo_trainer.training.trainer import MOPOTrainer
 
 
@@ -428,6 +429,12 @@ def test_resuming_with_other_arguments_is_refused(tmp_path, tiny_model, tokenize
     changed = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, lag_steps=1)
     with pytest.raises(ValueError, match="holds no reference log-probs"):
         changed.train(resume_from_checkpoint=True)
+    written = tmp_path / "checkpoint-2"
+    (written / "optimizer.pt").rename(written / "global_step2")  # DeepSpeed's is a directory of this name
+    (written / MANIFEST).unlink()
+    write_manifest(written)
+    with pytest.raises(ValueError, match="DeepSpeed wrote its state of the optimizer, which only DeepSpeed reads"):
+        make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs).train(resume_from_checkpoint=True)
     only_model = make(tmp_path, copy.deepcopy(tiny_model), tokenizer, pairs, save_only_model=True, **saved)
     only_model.train()
     with pytest.raises(ValueError, match=r"holds no state of the optimizer \(save_only_model\)"):
