@@ -72,7 +72,18 @@ def rows():
     ]
 
 
-def train(directory, groups_a_batch, accumulation, *, model=None, resume=None, fault=None, lora_r=0, **options):
+def train(
+    directory,
+    groups_a_batch,
+    accumulation,
+    *,
+    model=None,
+    resume=None,
+    fault=None,
+    lora_r=0,
+    evaluate_first=False,
+    **options,
+):
     """The trainer, when it is done; what it logged is in history.json, and every rank's multipliers in dual-RANK."""
     tokenizer = make_tokenizer()
     settings = {
@@ -105,6 +116,7 @@ def train(directory, groups_a_batch, accumulation, *, model=None, resume=None, f
         model, args, rows(), rows()[:3], processing_class=tokenizer, peft_config=adapter, callbacks=callbacks
     )
     was_split = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    before = [trainer.evaluate()] if evaluate_first else []
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     state = {name: value.tolist() for name, value in trainer.dual.state_dict().items()}
@@ -113,7 +125,7 @@ def train(directory, groups_a_batch, accumulation, *, model=None, resume=None, f
     Path(directory, f"dual-{args.process_index}.json").write_text(json.dumps(state))
     if trainer.is_world_process_zero():
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        Path(directory, "history.json").write_text(json.dumps({"steps": history, "eval": metrics}))
+        Path(directory, "history.json").write_text(json.dumps({"steps": before + history, "eval": metrics}))
     return trainer
 
 

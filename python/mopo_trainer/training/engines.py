@@ -17,6 +17,13 @@ _DEEPSPEED_KEYS = {  # of its configuration: what was run with this loss
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("zero_optimization", "zero_allow_untested_optimizer", "bf16", "fp16", "steps_per_print"),
 }
+_PLAIN_ZERO: dict[str, int] = {  # of its zero_optimization: what rounds no weight or gradient, and splits them once
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+}
 ADAPTER_UNDER_ZERO_3 = (
     "an adapter under ZeRO-3: its starting weights, which the reference needs, would be split too, and that was never "
     "tried; use examples/accelerate/deepspeed_zero2.yaml"
@@ -58,6 +65,10 @@ def _check_deepspeed(config: Mapping[str, Any], *, has_adapter: bool) -> None:
             f"DeepSpeed's configuration has {', '.join(unknown)}, never run with this loss; leave it out (optimizer, "
             "learning rate and schedule are options of MOPOConfig)"
         )
+    rounded = [key for key, plain in _PLAIN_ZERO.items() if zero.get(key, plain) != plain]
+    rounded += [f"bf16.{key}" for key in config.get("bf16", {}) if key != "enabled"]
+    if rounded:
+        raise ValueError(f"{rounded[0]} was never run with this loss; leave it out")
     offloaded = [part for part in ("offload_optimizer", "offload_param") if _is_offloaded(zero.get(part))]
     if offloaded:
         raise ValueError(f"{offloaded[0]} was never run with this loss; set its device to none")

@@ -60,8 +60,8 @@ class RunState(NamedTuple):
             )
         if not by_deepspeed and not any(Path(checkpoint).glob("optimizer*")):  # transformers would start it anew
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint}: DeepSpeed wrote its state of the optimizer, which only DeepSpeed "
-                "reads; resume under the configuration that it had, or start a new run from its model"
+                f"resume_from_checkpoint={checkpoint}: DeepSpeed wrote its state of the optimizer, which only "
+                "DeepSpeed reads; resume under the configuration that it had, or start a new run from its model"
             )
         if self.dual.keys() != dual.state_dict().keys():
             unknown = ", ".join(sorted(self.dual.keys() ^ dual.state_dict().keys()))

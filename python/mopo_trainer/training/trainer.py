@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -315,15 +315,20 @@ class MOPOTrainer(Trainer):
             )
 
     def _response_logps(self, groups: TokenizedGroups, *, description: str) -> Tensor:
-        return response_logps(
-            self.model_wrapped if self.is_in_train else self.model,
-            groups.sequences(),
-            scoring=self._scoring_of(groups),
-            accelerator=self.accelerator,
-            batch_size=self.args.per_device_eval_batch_size,
-            row_of=groups.group.tolist(),
-            description=description,
-        )
+        with self._passes():
+            return response_logps(
+                self.model_wrapped if self.is_in_train else self.model,
+                groups.sequences(),
+                scoring=self._scoring_of(groups),
+                accelerator=self.accelerator,
+                batch_size=self.args.per_device_eval_batch_size,
+                row_of=groups.group.tolist(),
+                description=description,
+            )
+
+    def _passes(self) -> AbstractContextManager[None]:
+        """While open, the model runs forward, before its engine is there too."""
+        return gathered_passes(self.model) if self.model_wrapped is self.model else nullcontext()
 
     def _scoring_of(self, groups: TokenizedGroups) -> Scoring:
         """The trainer's, without shared prompts where these data are longer than those it was probed with."""
@@ -375,8 +380,9 @@ class MOPOTrainer(Trainer):
             given = given[eval_dataset]
         elif eval_dataset is not None and eval_dataset is not self.eval_dataset:
             given = read_eval_groups(eval_dataset, self.dual.objectives, self.processing_class, self.args)
-            self._check_fit(*by_prefix(given, "eval").values())
-            self._check_lengths(*by_prefix(given, "eval").values())
+            with self._passes():
+                self._check_fit(*by_prefix(given, "eval").values())
+                self._check_lengths(*by_prefix(given, "eval").values())
         if given is None:
             raise ValueError("evaluate needs an eval_dataset, here or when the trainer is made")
         metrics: dict[str, float] = {}

@@ -148,7 +148,7 @@ def test_an_untied_head_and_the_best_checkpoint(tmp_path, configuration):
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())  # moved by its own gradient alone
     model.save_pretrained(tmp_path / "model")
-    options = {**ADAM, **BEST, "save_strategy": "steps", "model": str(tmp_path / "model")}
+    options = {**ADAM, **BEST, "save_strategy": "steps", "model": str(tmp_path / "model"), "evaluate_first": True}
     distributed_run.train(tmp_path / "one", 8, 1, **options)
     code, said = finish(launch(tmp_path / "two", configuration, **options))
     assert code == 0, said

@@ -26,6 +26,10 @@ def accelerator(kind, *, fsdp2=True, stage=2, zero=None, **config):
         ("DEEPSPEED", {"scheduler": {}, "optimizer": {}}, False, "configuration has optimizer, scheduler, never run"),
         ("DEEPSPEED", {"zero": {"offload_optimizer": {"device": "cpu"}}}, False, "offload_optimizer was never run"),
         ("DEEPSPEED", {"zero": {"offload_param": {"device": "nvme"}}}, False, "offload_param was never run"),
+        ("DEEPSPEED", {"zero": {"zero_quantized_gradients": True}}, False, "zero_quantized_gradients was never run"),
+        ("DEEPSPEED", {"zero": {"zero_hpz_partition_size": 8}}, False, "zero_hpz_partition_size was never run"),
+        ("DEEPSPEED", {"bf16": {"bf16_optimizer_states": True}}, False, "bf16.bf16_optimizer_states was never run"),
+        ("DEEPSPEED", {"fp16": {"enabled": "auto"}}, False, "fp16 under DeepSpeed"),
         ("DEEPSPEED", {"fp16": {"enabled": True}}, False, "fp16 under DeepSpeed"),
         ("DEEPSPEED", {"stage": 3}, True, "an adapter under ZeRO-3"),
         (

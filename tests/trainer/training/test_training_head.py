@@ -86,6 +86,15 @@ def test_the_head_keeps_its_own_forward(model):
     torch.testing.assert_close(model.lm_head(hidden), own, rtol=0, atol=0)
 
 
+def test_a_forward_that_the_head_was_given_stays(model):
+    """Accelerate's hooks put one into the instance."""
+    Zero3Double(model.lm_head)
+    model.lm_head.forward = lambda hidden: hidden.new_full((1,), 7.0)
+    hidden = torch.randn(2, model.config.hidden_size)
+    logp(model, hidden)
+    assert model.lm_head(hidden) == 7
+
+
 def raise_stop():
     raise RuntimeError("stop")
 

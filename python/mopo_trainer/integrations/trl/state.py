@@ -50,8 +50,6 @@ class KeepsDual(Trainer):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: its run had other {' and '.join(other)}; resume with the same"
             )
-        state.check(
-            self.dual, checkpoint, {"model": ""}, needs_reference=False, by_deepspeed=self.is_deepspeed_enabled
-        )
+        state.check(self.dual, checkpoint, {"model": ""}, needs_reference=False, by_deepspeed=self.is_deepspeed_enabled)
         self.dual.load_state_dict(state.dual)
         self.resumed = True
