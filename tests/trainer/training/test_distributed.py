@@ -142,7 +142,7 @@ BEST = {
 def test_an_untied_head_and_the_best_checkpoint(tmp_path, configuration):
     """All processes end with the best checkpoint's weights; the last one's equal one process's.
 
-    The model comes from its path, where ZeRO-3 splits it as it is loaded.
+    The model comes from its path, where ZeRO-3 splits it as it is loaded, and two processes accumulate twice.
     """
     model = make_tiny_model(make_tokenizer())
     model.config.tie_word_embeddings = False
@@ -150,7 +150,7 @@ def test_an_untied_head_and_the_best_checkpoint(tmp_path, configuration):
     model.save_pretrained(tmp_path / "model")
     options = {**ADAM, **BEST, "save_strategy": "steps", "model": str(tmp_path / "model"), "evaluate_first": True}
     distributed_run.train(tmp_path / "one", 8, 1, **options)
-    code, said = finish(launch(tmp_path / "two", configuration, **options))
+    code, said = finish(launch(tmp_path / "two", configuration, 2, 2, **options))
     assert code == 0, said
     assert "Could not locate the best model" not in said
     duals = [json.loads((tmp_path / "two" / f"dual-{rank}.json").read_text()) for rank in range(2)]
