@@ -354,7 +354,8 @@ def check_extreme_samples(fold, device):
     assert dense(fold_sample(fold, far, *arguments)[0], 3000)[1][0].nonzero().tolist() == [[5], [2900]]
 
     equal, half = torch.zeros(1, 4, dtype=torch.float64, device=device), uniform[:1] * 0 + 0.5
-    arguments = equal, target[:1], half + math.log(4) - 0.5, half
+    elsewhere = target[:1] * 0 + 4  # nothing but the size of an entry makes it one
+    arguments = equal, elsewhere, half + math.log(4) - 0.5, half
     p = dense(fold_sample(fold, *arguments, 1e-3, TRANSFORMS[0], None, [4])[0], 4)[0]
     samples, running = fold_sample(fold, *arguments, p[0, 0].item(), TRANSFORMS[0], None, [4])
     assert torch.equal(dense(samples, 4)[0], p)  # what equals the floor is exact

@@ -228,6 +228,8 @@ def test_products_of_samples(emulated, dtype, width):
 def test_products_of_more_lists_than_blocks(emulated):
     """Blocks sum up several lists, some empty, one longer than what the threads of a block fetch at a time."""
     fold_contract.check_sample_products(emulated, "cpu", torch.float32, rows=150, vocab=20000, width=9)
+    # Lists of rows lie apart in memory, those of columns one after the other.
+    fold_contract.check_sample_products(emulated, "cpu", torch.float32, rows=17000, vocab=40, width=9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
