@@ -91,7 +91,7 @@ def linear_logprob(
             flops in all, whatever the reduction, the upstream gradient and what else is returned, beside N · (1/ε + 3)
             · 8 bytes that wait for the backward. What it adds to the noise of a batch is in docs/sampling.md.
         workspace_bytes: bound on the temporaries, logits above all, beside the gradients (weight's is summed in
-            float32). None is, on CPUs, 512 rows of float32 logits, as many as products need to be fast, but 64 to 512
+            float32). None is, on CPUs, 1024 rows of float32 logits, as many as products need to be fast, but 64 to 512
             MiB, and 512 MiB where rows wait for their upstream gradients; on a GPU a 64th of its memory, at least 512
             MiB.
         backend: a name in `mopo_kernels.backends.BACKENDS`, or None for the table's choice.
