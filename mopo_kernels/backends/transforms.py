@@ -32,7 +32,7 @@ def _is_inside_any() -> bool:
     return _functorch.get_dynamic_layer_stack_depth() > 0
 
 
-# A constant to dynamo, which guards on the transforms: before torch 2.12 it cannot trace the call. This is all that
+# A constant to dynamo, which guards on the transforms: that of torch 2.11 cannot trace the call. This is all that
 # torch.compiler.assume_constant_result does, which imports dynamo and Triton.
 _is_inside_any._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
