@@ -183,7 +183,6 @@ struct RowSampler {
         stretch.sum[mine] = before;
         stretch.has_entries[mine] = found >> FLAG_BITS || differ(before, before + sum);
         stretch.entries[mine] = 0;
-        if (mine == 0) stretch.target_is_step = false;
         __syncthreads();
 
         for (int c = warp(); c < size; c += WARPS)
