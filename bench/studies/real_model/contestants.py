@@ -51,6 +51,7 @@ CONTESTANTS = {
     "contrast, fresh": Contestant("contrast", "fresh"),
     "DPO, primary alone": Contestant("dpo", "nothing"),
     "DPO, weights": Contestant("dpo", "fresh"),  # the multipliers of these thresholds are the weights
+    "DPO, weights as asked": Contestant("dpo", "asked"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,11 +14,20 @@ from datasets import Dataset
 from mopo_trainer.commands.demo import PRIMARY, THRESHOLDS, Settings
 from mopo_trainer.commands.sampling import DEMO_DATA
 from mopo_trainer.data import load_rows, plain_text, to_groups
-from mopo_trainer.data.scorers import BUILT_IN
+from mopo_trainer.data.scorers import BUILT_IN, Scorer
 
 FOLDS = 3
 EXAMPLES = Path("examples/data")
 DEMO = Settings()
+
+
+def on_topic(prompt: str, response: str) -> float:
+    """Share of the prompt's words of four letters and more that the response takes up."""
+    asked, given = (set(re.findall(r"\w{4,}", text.lower())) for text in (prompt, response))
+    return len(asked & given) / max(1, len(asked))
+
+
+SCORERS: dict[str, Scorer] = {**BUILT_IN, "on_topic": on_topic}
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Data:
     preferred: str = "preferred"  # what chosen and rejected mean
     max_prompt_length: int = 160  # cut from the left
     max_length: int = 288
+    max_new_tokens: int = DEMO.max_new_tokens
     tuning_prompts: int = 0  # of all groups, kept for the choice of learning rates
     own: bool = False  # the model itself wrote the responses
     shipped: bool = True  # texts may be kept beside the results
@@ -66,13 +77,26 @@ DATA = {
     "hh-harmless": Data(
         Path("../shared/data/hh-rlhf/harmless-base-test.jsonl.gz"),
         "harmless",
-        {"friendliness": 0.6},
-        ("friendliness",),
+        {"on_topic": 0.6},
+        ("on_topic",),
         held_out=48,
         eps=0.0,
         groups_per_step=PAIRS,
         preferred="harmless",
         shipped=False,
+    ),
+    "summeval-op": Data(
+        EXAMPLES / "summeval-op/summeval-op.jsonl",
+        "specificity",
+        {"brevity": 0.5},
+        ("brevity",),
+        budget=24_000,
+        held_out=11,
+        eps=0.0,
+        groups_per_step={"clone": 2, "contrast": 1, "dpo": 1},  # of 13 responses
+        max_prompt_length=640,
+        max_length=832,
+        max_new_tokens=160,
     ),
 }
 
@@ -82,7 +106,7 @@ def groups_of(name: str) -> Dataset:
     """All groups of one turn, labelled, in an order that their file does not know; prompts and responses as text."""
     data = DATA[name]
     rows = load_rows(str(data.source), on_bad_row="skip")
-    scorers = {scorer: BUILT_IN[scorer] for scorer in data.scorers}
+    scorers = {scorer: SCORERS[scorer] for scorer in data.scorers}
     groups = to_groups(rows, scorers=scorers, preferred=data.preferred, on_bad_row="skip")
     if not isinstance(groups[0]["prompt"], str):
         turns = [len(prompt) for prompt in groups["prompt"]]

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bench.studies.real_model.data import DEMO, EXAMPLES, Data
+from bench.studies.real_model.data import DEMO, EXAMPLES, SCORERS, Data
 from mopo_trainer.commands.sampling import Sampling, sample_responses
-from mopo_trainer.data.scorers import BUILT_IN
 from mopo_trainer.report.evaluate import sampled_win_rates
 
 SAMPLES = 3
@@ -30,11 +29,12 @@ def draw(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     seed: int,
+    max_new_tokens: int = DEMO.max_new_tokens,
 ) -> Texts:
     """Texts of a model as the demo draws them."""
     how = Sampling(
         num_samples=SAMPLES,
-        max_new_tokens=DEMO.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         temperature=DEMO.temperature,
         top_p=DEMO.top_p,
         seed=1000 + seed,
@@ -45,7 +45,7 @@ def draw(
 
 def win_rates(prompts: Sequence[str], ours: Texts, base: Texts, data: Data) -> dict[str, list[float]]:
     """Win rate of every prompt, by objective that is a scorer."""
-    scorers = {name: BUILT_IN[name] for name in data.scorers}
+    scorers = {name: SCORERS[name] for name in data.scorers}
     found = sampled_win_rates(prompts, ours, base, scorers)
     return {name: [round(x, 4) for x in values.tolist()] for name, values in found.items()}
 

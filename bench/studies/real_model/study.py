@@ -89,7 +89,7 @@ def result(run: Run, texts: Path) -> Row:
     start = time.process_time()
     prompts = [measure.shorten(prompt, tokenizer, data) for prompt in held_out["prompt"]]
     theirs = held_out["responses"] if data.own else base_texts(run, prompts, texts)
-    ours = measure.draw(trained.model, tokenizer, prompts, run.seed)
+    ours = measure.draw(trained.model, tokenizer, prompts, run.seed, data.max_new_tokens)
     write_texts(texts / f"{run.name}.jsonl", prompts, ours)
     return row | {
         "multipliers": [round(x, 4) for x in trained.multipliers],
@@ -231,8 +231,8 @@ def rest(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
 def human(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
     """Human labels on texts of other systems, at the demo's learning rates; data that are not here are left out."""
     for seed in seeds:
-        for data in ("qa-feedback", "hh-harmless"):
-            for name in ("clone", "contrast", "DPO, weights"):
+        for data in ("qa-feedback", "hh-harmless", "summeval-op"):
+            for name in ("clone", "contrast", "DPO, weights as asked"):
                 if DATA[data].source.exists():
                     yield tuned(rows, data, name, seed)
 
