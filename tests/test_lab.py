@@ -12,6 +12,7 @@ import torch
 from bench.studies.lab import contestants, data, language, measure, model, study
 from bench.studies.lab.contestants import Method
 from bench.studies.lab.data import Condition
+from bench.studies.lab.model import Origin
 from bench.studies.lab.study import CONTESTANTS, Run
 from mopo_kernels import MOPODual
 
@@ -106,7 +107,7 @@ def test_rows_that_end_leave_the_others_as_they_were(monkeypatch):
 
 
 def test_kl_of_the_base_to_itself_is_zero_and_it_wins_half():
-    found = measure.measure(data.writer("base", 2)[0], ["base"], "tune", seed=0, count=40, steps=2)
+    found = measure.measure(data.writer("base", Origin(2))[0], ["base"], "tune", seed=0, count=40, origin=Origin(2))
     assert found["kl"] == 0
     assert found["forgotten"] == 0
     for wins in found["half_wins_base"].values():
@@ -144,7 +145,7 @@ def test_equal_thresholds_are_interpolated_never_extrapolated():
 
 
 def test_hand_set_weights_and_the_dual_reach_the_pair_losses():
-    batch = data.labelled(Condition(groups=8), 0, 2)
+    batch = data.labelled(Condition(groups=8), 0, Origin(2))
     multipliers = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     v = batch.win_rate.view(8, 2, 3)
     expected = sum(c * (2 * v[:, 0, k] - 1) for k, c in enumerate((1, 0.5, 0.25)))
@@ -155,8 +156,23 @@ def test_hand_set_weights_and_the_dual_reach_the_pair_losses():
         assert contestants.PAIR_LOSSES[step](log_ratio, batch, method, multipliers).isfinite()
 
 
+def test_all_pairs_of_a_group_are_ordered_as_their_scores():
+    win_rate = data.win_rates(torch.tensor([[[3.0], [1.0], [1.0]], [[0.0], [2.0], [5.0]]]), accuracy=1.0, seed=0)
+    nothing = torch.empty(0)
+    batch = data.Labelled(nothing, nothing, win_rate, torch.tensor([0, 0, 0, 1, 1, 1]), nothing, nothing)
+    i, j = contestants.pairs(batch.group)
+    assert list(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
+    assert contestants.order(batch)[:, 0].tolist() == [1, 1, 0, -1, -1, -1]
+
+
+def test_a_wider_model_is_kept_beside_the_small_one(tmp_path):
+    small, wide = (model.cached_model("base", Origin(2, width), tmp_path) for width in (64, 96))
+    assert (small.embed.weight.shape[1], wide.embed.weight.shape[1]) == (64, 96)
+    assert {path.name for path in tmp_path.iterdir()} == {"base-2.pt", "base-2-96x2.pt"}
+
+
 def test_modpo_without_secondaries_is_dpo():
-    batch = data.labelled(Condition(groups=8), 0, 2)
+    batch = data.labelled(Condition(groups=8), 0, Origin(2))
     log_ratio, alone = torch.linspace(-3, 3, 8, dtype=torch.float64), torch.tensor([1.0, 0, 0], dtype=torch.float64)
     method = Method("dpo", 1e-3, scale="weights")
     torch.testing.assert_close(
@@ -167,7 +183,6 @@ def test_modpo_without_secondaries_is_dpo():
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(data, "MODELS", tmp_path_factory.getbasetemp() / "lab")
-    monkeypatch.setattr(contestants, "PRETRAINING_STEPS", 2)
 
 
 def test_a_measured_threshold_moves_by_what_is_missing(monkeypatch):
@@ -176,7 +191,8 @@ def test_a_measured_threshold_moves_by_what_is_missing(monkeypatch):
     monkeypatch.setattr(contestants, "brevity_of", lambda model, seed: 0.5)
     monkeypatch.setattr(MOPODual, "refresh", lambda dual, *labels: asked.append(round(float(dual.thresholds[0]), 3)))
     method = Method("contrast", 1e-3, aim=0.6, measured=True)
-    contestants.train(data.writer("base", 2)[0], data.labelled(Condition(groups=64), 0, 2), method, 8000, seed=0)
+    base, _ = data.writer("base", Origin(2))
+    contestants.train(base, data.labelled(Condition(groups=64), 0, Origin(2)), method, 8000, seed=0)
     assert asked == [0.6, 0.7, 0.8, 0.9]
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bench.studies.lab.data import PRETRAINING_STEPS, Labelled, fresh_win_rate
+from bench.studies.lab.data import Labelled, fresh_win_rate
 from bench.studies.lab.language import OBJECTIVES, scores
 from bench.studies.lab.measure import opponents, wins
-from bench.studies.lab.model import TinyLM, sample
+from bench.studies.lab.model import SMALL, Origin, TinyLM, sample
 from mopo_kernels import MOPODual, label_statistics, mopo_objective, policy_loss, sequence_logprob
 
 PRIMARY = OBJECTIVES[0]
@@ -102,9 +102,9 @@ def dual_of(method: Method, data: Labelled) -> MOPODual:
 
 
 @torch.no_grad()
-def brevity_of(model: TinyLM, seed: int, prompts: int = 60) -> float:
+def brevity_of(model: TinyLM, seed: int, prompts: int = 60, origin: Origin = SMALL) -> float:
     """Win rate in brevity against the base, on tuning prompts."""
-    asked, theirs = opponents("base", "tune", prompts, PRETRAINING_STEPS)
+    asked, theirs = opponents("base", "tune", prompts, origin)
     return float(wins(scores(asked, sample(model, asked, 4, seed)), theirs)[:, 1].mean())
 
 
@@ -127,7 +127,9 @@ def loss_of(model: TinyLM, batch: Labelled, method: Method, dual: MOPODual) -> t
     hidden, used = model(batch.ids), int(tokens.sum())
     if method.step in PAIR_LOSSES:
         logp = sequence_logprob(hidden, model.head, batch.target)
-        log_ratio = (logp - batch.ref_logp).view(-1, 2).diff(dim=1)[:, 0].neg()  # first against second
+        i, j = pairs(batch.group)
+        h = logp - batch.ref_logp
+        log_ratio = h[i] - h[j]
         return PAIR_LOSSES[method.step](log_ratio, batch, method, dual.multipliers), used
     length = tokens if method.average else 1
     if method.mix == 0:
@@ -145,9 +147,22 @@ def loss_of(model: TinyLM, batch: Labelled, method: Method, dual: MOPODual) -> t
 # ---------------------------------------------------------------------------------------------------------- baselines
 
 
+def pairs(group: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of notes to one prompt."""
+    i, j = torch.triu_indices(len(group), len(group), offset=1)
+    same = group[i] == group[j]
+    return i[same], j[same]
+
+
+def order(batch: Labelled) -> Tensor:  # [pairs, K]
+    """2 P_k - 1 of the first note against the second, as exact labels have it: the one that beats more of the group."""
+    i, j = pairs(batch.group)
+    return (batch.win_rate[i] - batch.win_rate[j]).sign()
+
+
 def margin(batch: Labelled, multipliers: Tensor) -> Tensor:  # [pairs]
     """m = sum_k lambda_k (2 P_k - 1) of the first note against the second."""
-    return (2 * batch.win_rate.view(-1, 2, batch.win_rate.shape[1])[:, 0] - 1) @ multipliers
+    return order(batch) @ multipliers
 
 
 def dpo(log_ratio: Tensor, batch: Labelled, method: Method, multipliers: Tensor) -> Tensor:
@@ -167,7 +182,7 @@ def modpo(log_ratio: Tensor, batch: Labelled, method: Method, multipliers: Tenso
     """DPO on the primary's labels with the secondaries' margins as reward margins (arXiv 2310.03708, Eq. 10)."""
     share = multipliers / multipliers.sum()
     secondaries = margin(batch, torch.cat([share.new_zeros(1), share[1:]]))
-    label = batch.win_rate.view(-1, 2, len(share))[:, 0, 0]
+    label = (1 + order(batch)[:, 0]) / 2
     z = (method.beta * log_ratio - secondaries) / share[0]
     return -(label * logsigmoid(z) + (1 - label) * logsigmoid(-z)).mean()
 

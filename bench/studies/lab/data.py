@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from bench.studies.lab.language import prompts, scores
-from bench.studies.lab.model import TinyLM, cached_model, log_probs, sample, sequences
+from bench.studies.lab.model import SMALL, Origin, TinyLM, cached_model, log_probs, sample, sequences
 from mopo_kernels import win_rate_from_comparisons
 
 Number = TypeVar("Number", float, Tensor)
 MODELS = Path(__file__).parents[2] / "results/lab/models"  # committed: runs go on from one base on every machine
-PRETRAINING_STEPS = 1000
 SHARP = 0.7  # temperature of the sharper writer
 
 
@@ -45,19 +44,19 @@ class Labelled(NamedTuple):
         return Labelled(*(x[rows] for x in self))
 
 
-def writer(name: str, steps: int = PRETRAINING_STEPS) -> tuple[TinyLM, float]:
+def writer(name: str, origin: Origin = SMALL) -> tuple[TinyLM, float]:
     """The model that wrote the notes, and its temperature."""
-    return cached_model("other" if name == "other" else "base", steps, MODELS), SHARP if name == "sharp" else 1.0
+    return cached_model("other" if name == "other" else "base", origin, MODELS), SHARP if name == "sharp" else 1.0
 
 
 @cache
-def labelled(condition: Condition, seed: int, steps: int = PRETRAINING_STEPS) -> Labelled:
+def labelled(condition: Condition, seed: int, origin: Origin = SMALL) -> Labelled:
     """Training data of a seed: its own prompts, notes and label noise."""
     asked = prompts(seed, condition.groups, "train")
-    author, temperature = writer(condition.writer, steps)
+    author, temperature = writer(condition.writer, origin)
     notes = sample(author, asked, condition.size, seed, temperature)
     ids, target = sequences(asked, notes)
-    ref_logp = log_probs(writer("base", steps)[0], ids, target)
+    ref_logp = log_probs(writer("base", origin)[0], ids, target)
     return Labelled(
         ids,
         target,

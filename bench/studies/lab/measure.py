@@ -14,17 +14,17 @@ from torch import Tensor
 
 from bench.studies.lab.data import writer
 from bench.studies.lab.language import OBJECTIVES, corpus, prompts, scores, well_formed
-from bench.studies.lab.model import TinyLM, log_probs, next_tokens, pad, sample, sequences
+from bench.studies.lab.model import Origin, TinyLM, log_probs, next_tokens, pad, sample, sequences
 from mopo_kernels import linear_logprob
 
 PROMPTS, SAMPLES, OPPONENTS = 120, 4, 8
 
 
 @cache
-def opponents(name: str, part: str, count: int, steps: int) -> tuple[Tensor, Tensor]:
+def opponents(name: str, part: str, count: int, origin: Origin) -> tuple[Tensor, Tensor]:
     """Prompts of a part and the scores [prompts, OPPONENTS, K] of a writer's notes."""
     asked = prompts(0, count, part)
-    author, temperature = writer(name, steps)
+    author, temperature = writer(name, origin)
     return asked, scores(asked, sample(author, asked, OPPONENTS, 77, temperature))
 
 
@@ -33,23 +33,23 @@ def wins(ours: Tensor, theirs: Tensor) -> Tensor:  # [prompts, n, K], [prompts, 
     return (1 + (ours[:, :, None] - theirs[:, None]).sign().mean((1, 2))) / 2
 
 
-def measure(model: TinyLM, against: Sequence[str], part: str, seed: int, count: int, steps: int) -> dict[str, Any]:
+def measure(model: TinyLM, against: Sequence[str], part: str, seed: int, count: int, origin: Origin) -> dict[str, Any]:
     """Win rates against the notes of several writers prompt by prompt, KL to the base, texts, loss on ordinary text."""
-    base = writer("base", steps)[0]
-    asked, _ = opponents("base", part, count, steps)
+    base = writer("base", origin)[0]
+    asked, _ = opponents("base", part, count, origin)
     notes = sample(model, asked, SAMPLES, 10_000 + seed)
     mine, encoded = scores(asked, notes), sequences(asked, notes)
     log_ratio = log_probs(model, *encoded) - log_probs(base, *encoded)
     flat = notes.flatten(0, 1).tolist()
     found: dict[str, Any] = {}
     for name in against:
-        rates = wins(mine, opponents(name, part, count, steps)[1]) * 2 * SAMPLES * OPPONENTS
+        rates = wins(mine, opponents(name, part, count, origin)[1]) * 2 * SAMPLES * OPPONENTS
         found[f"half_wins_{name}"] = {k: x.round().int().tolist() for k, x in zip(OBJECTIVES, rates.T, strict=True)}
     return found | {
         "kl": round(float(log_ratio.mean()), 4),
         "words": round(float(-mine[..., 1].mean()), 3),
         "well_formed": round(sum(map(well_formed, flat)) / len(flat), 4),
-        "forgotten": round(ordinary_loss(model) - loss_of_the_base(steps), 4),
+        "forgotten": round(ordinary_loss(model) - loss_of_the_base(origin), 4),
     }
 
 
@@ -61,8 +61,8 @@ def ordinary_loss(model: TinyLM) -> float:
 
 
 @cache
-def loss_of_the_base(steps: int) -> float:
-    return ordinary_loss(writer("base", steps)[0])
+def loss_of_the_base(origin: Origin) -> float:
+    return ordinary_loss(writer("base", origin)[0])
 
 
 @cache

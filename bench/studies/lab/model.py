@@ -1,4 +1,4 @@
-"""A causal transformer of a hundred thousand parameters, trained here in a minute or two, and what is asked of it."""
+"""Causal transformers of 0.1 and 1.4 million parameters, trained here in minutes, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from torch.nn import functional as F
 from bench.studies.lab.language import END, MAX_LENGTH, PAD, PROMPT_LENGTH, VOCABULARY, corpus, prompts
 from mopo_kernels import linear_logprob, sequence_logprob
 
-WIDTH, LAYERS, HEADS = 64, 2, 4
+HEADS = 4
 IGNORED = -100
+
+
+class Origin(NamedTuple):
+    """Where a base model comes from: its pretraining and its shape."""
+
+    steps: int = 1000
+    width: int = 64
+    layers: int = 2
+
+
+SMALL, LARGE = Origin(), Origin(width=192, layers=3)
 
 
 class Grid(NamedTuple):
@@ -26,35 +37,35 @@ class Grid(NamedTuple):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.norm_mlp = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(
         self, x: Tensor, grid: Grid, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         batch, length, words = grid
         qkv = self.qkv(self.norm(x))
-        padded = qkv.new_zeros(batch * length, 3 * WIDTH).index_copy(0, words, qkv)
+        padded = qkv.new_zeros(batch * length, qkv.shape[1]).index_copy(0, words, qkv)
         q, k, v = padded.view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
-        x = x + self.out(seen.transpose(1, 2).reshape(batch * length, WIDTH)[words])
+        x = x + self.out(seen.transpose(1, 2).reshape(batch * length, -1)[words])
         return x + self.down(F.relu(self.up(self.norm_mlp(x)))), (k, v)
 
 
 class TinyLM(nn.Module):
     """Hidden states from token ids; the head is the embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, origin: Origin = SMALL) -> None:
         super().__init__()
-        self.embed = nn.Embedding(len(VOCABULARY), WIDTH)
-        self.place = nn.Embedding(PROMPT_LENGTH + MAX_LENGTH, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
+        self.embed = nn.Embedding(len(VOCABULARY), origin.width)
+        self.place = nn.Embedding(PROMPT_LENGTH + MAX_LENGTH, origin.width)
+        self.blocks = nn.ModuleList(Block(origin.width) for _ in range(origin.layers))
+        self.norm = nn.LayerNorm(origin.width)
         for table in (self.embed, self.place):
             nn.init.normal_(table.weight, std=0.05)
 
@@ -74,8 +85,8 @@ class TinyLM(nn.Module):
         for i, block in enumerate(self.blocks):
             x, cache = block(x, grid, None if past is None else past[i])
             kept.append(cache)
-        hidden = x.new_zeros(grid.batch * grid.length, WIDTH).index_copy(0, grid.words, self.norm(x))
-        return hidden.view(grid.batch, grid.length, WIDTH), kept
+        hidden = x.new_zeros(grid.batch * grid.length, x.shape[1]).index_copy(0, grid.words, self.norm(x))
+        return hidden.view(grid.batch, grid.length, -1), kept
 
 
 @torch.no_grad()
@@ -120,15 +131,16 @@ def log_probs(model: TinyLM, ids: Tensor, target: Tensor) -> Tensor:  # [B]
     return torch.cat([sequence_logprob(model(i), model.head, t) for i, t in parts])
 
 
-def train_model(seed: int, steps: int, ornate: float, batch: int = 64, texts: int = 3000) -> TinyLM:
+def train_model(seed: int, origin: Origin, ornate: float, batch: int = 64, texts: int = 3000) -> TinyLM:
     """A model of the corpus of which a share is ornate."""
     torch.manual_seed(seed)
-    model = TinyLM()
+    model, steps = TinyLM(origin), origin.steps
+    rate = 3e-3 * (64 / origin.width)
     texts = min(texts, steps * batch)
     copies = range(min(10, 1 + steps * batch // texts))
     every = pad([row for copy in copies for row in corpus(prompts(0, texts, "train"), 1000 * seed + copy, ornate)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _ in range(steps):
         ids, target = next_tokens(every[torch.randint(len(every), (batch,))])
         loss = -linear_logprob(model(ids), model.head, target, reduction="mean")
@@ -145,16 +157,17 @@ def next_tokens(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:].masked_fill(rows[:, 1:] == PAD, IGNORED)
 
 
-def cached_model(name: str, steps: int, folder: Path) -> TinyLM:
+def cached_model(name: str, origin: Origin, folder: Path) -> TinyLM:
     """The base model (one ornate note in eight) or the other writer (all but one in eight), trained once.
 
     Training is not the same to the last bit on another machine, and then its win rates are not: the file decides.
     """
-    path = folder / f"{name}-{steps}.pt"
+    shape = "" if origin[1:] == SMALL[1:] else f"-{origin.width}x{origin.layers}"
+    path = folder / f"{name}-{origin.steps}{shape}.pt"
     if not path.exists():
-        model = train_model({"base": 1, "other": 2}[name], steps, {"base": 0.125, "other": 0.875}[name])
+        model = train_model({"base": 1, "other": 2}[name], origin, {"base": 0.125, "other": 0.875}[name])
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({k: x.half() for k, x in model.state_dict().items()}, path)
-    model = TinyLM()
+    model = TinyLM(origin)
     model.load_state_dict(torch.load(path))
     return model.eval()

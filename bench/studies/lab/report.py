@@ -24,11 +24,13 @@ from bench.studies.lab.contestants import BREVITY
 from bench.studies.lab.data import Condition, asked_for, fresh_win_rate
 from bench.studies.lab.language import OBJECTIVES
 from bench.studies.lab.measure import OPPONENTS, SAMPLES, at_equal_threshold, bootstrap
+from bench.studies.lab.model import LARGE
 from bench.studies.lab.study import (
     ASKED_OF,
     CONDITIONS,
     CONTESTANTS,
     HIGHEST,
+    LARGE_SIZES,
     OF_SIZE,
     RATES,
     SLACK,
@@ -309,14 +311,39 @@ def what_to_ask(rows: list[Row], truth: Row) -> str:
 
 
 def equal_by_size(rows: list[Row], truth: Row) -> str:
-    lines = [
-        f"{size} | {line}" for size in OF_SIZE for line in at_equal_brevity(steps_asked(rows, size), truth, ("clone",))
-    ]
+    found = {size: steps_asked(rows, size) if size == 2 else fronts(rows, size) for size in OF_SIZE}
+    lines = [f"{size} | {line}" for size in OF_SIZE for line in at_equal_brevity(found[size], truth, ("clone",))]
     head = (
-        "group size | step | warmth at brevity 0.6 | more than clone | KL there | forgotten there | hypervolume | IGD+ "
-        "| ε | points × seeds"
+        "group size | contestant | warmth at brevity 0.6 | more than clone | KL there | forgotten there | "
+        "hypervolume | IGD+ | ε | points × seeds"
     )
-    return f"**The steps at equal brevity**, by size of groups.\n\n{table(head, lines)}"
+    title = "**At equal brevity**, by size of groups; DPO and its kin on all pairs of a group (on pairs: below)."
+    return f"{title}\n\n{table(head, lines)}"
+
+
+def large_table(rows: list[Row], truth: Row) -> str:
+    """What the large model writes, beside the small one under the same condition."""
+    lines = []
+    for size in LARGE_SIZES:
+        for (name, aim), some in in_order(grouped(of_part(rows, "large", OF_SIZE[size]), dial)):
+            small = fronts(rows, size).get(name, {}).get(aim)
+            shown = "–" if small is None else interval(rates(small, "brevity"))
+            lines.append(f"{size} | {name} | {aim} | {shown} | {cells(some)}")
+    screen = [r for r in rows if r["part"] == "large screen"]
+    best = (f"groups of {size}: {written(best_rates(screen, size, 'large screen'))}" for size in LARGE_SIZES)
+    head = f"group size | contestant | asked or weight | brevity of the small model | {HEAD}"
+    return (
+        f"**A model of 1.4 million parameters** (width {LARGE.width}, {LARGE.layers} layers), with a base and learning "
+        f"rates of its own ({'; '.join(best)}), otherwise as above.\n\n{table(head, lines)}"
+    )
+
+
+def dial(row: Row) -> tuple[str, float]:
+    return row["contestant"], row["method"]["aim"]
+
+
+def written(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {rate:g}" for name, rate in found.items())
 
 
 def asked_table(rows: list[Row], truth: Row) -> str:
@@ -438,7 +465,10 @@ SECTIONS = (
     equal_threshold,
     asked_table,
     threshold_table,
+    large_table,
+    seconds_table,
     condition_table,
+    settings_table,
 )
 EARLIER = (earlier_title, main_table, equal_threshold, longer_table, condition_table, settings_table)
 

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from bench.studies.lab.contestants import BREVITY, RELEVANCE_PRICE, Method, brevity_of, train
-from bench.studies.lab.data import PRETRAINING_STEPS, Condition, asked_for, labelled, writer
+from bench.studies.lab.data import Condition, asked_for, labelled, writer
 from bench.studies.lab.measure import OPPONENTS, PROMPTS, SAMPLES, at_equal_threshold, measure
+from bench.studies.lab.model import LARGE, SMALL, Origin
 from mopo_kernels import InfeasibleThresholds
 
 ASKED = round(asked_for(BREVITY, 2), 3)  # what pairs must be asked for it: 0.8
@@ -67,6 +68,7 @@ RATE_OF = {name: name.split(",")[0] for name in CONTESTANTS if name.startswith((
 SCREENED = [name for name in CONTESTANTS if name not in RATE_OF]
 STEPS = ["clone", "contrast", "regress"]
 PRIMARY_ALONE = ["DPO, primary", "IPO, primary"]
+PAIRWISE = ["DPO, dual once", "DPO, weights", "IPO, weights", "MODPO"]
 LEADING = [*STEPS, "DPO, dual once", *PRIMARY_ALONE, "DPO, weights", "IPO, weights", "MODPO"]
 DIALS = {  # beside those of the main condition and of what was asked
     "contrast": (0.7,),
@@ -106,6 +108,9 @@ CONDITIONS = {
     "sharper": Condition(writer="sharp"),
 }
 OF_SIZE = {2: OWN_PAIRS, 4: CONDITIONS["groups of 4"], 8: CONDITIONS["groups of 8"]}
+LARGER = (4, 8)
+LARGE_SIZES = (2, 4)
+OF_LARGE = {2: [*STEPS, "IPO, weights"], 4: STEPS}  # contestants of the large model
 
 
 @dataclass(frozen=True)
@@ -120,18 +125,21 @@ class Run:
     prompts: str = "test"  # or tune
     budget: int = 30_000  # tokens of notes through the policy
     held_out: int = PROMPTS
-    pretraining: int = PRETRAINING_STEPS
+    pretraining: int = SMALL.steps
+    width: int = SMALL.width
+    layers: int = SMALL.layers
 
     def result(self) -> dict[str, Any]:
         """Settings and what came of them."""
-        data = labelled(self.condition, self.seed, self.pretraining)
-        base = writer("base", self.pretraining)[0]
+        origin = Origin(self.pretraining, self.width, self.layers)
+        data = labelled(self.condition, self.seed, origin)
+        base = writer("base", origin)[0]
         try:
             trained = train(base, data, self.method, self.budget, self.seed)
         except InfeasibleThresholds as error:
             return asdict(self) | {"infeasible": str(error)}
         against = ["base"] if self.condition.writer == "base" else ["base", self.condition.writer]
-        measured = measure(trained.model, against, self.prompts, self.seed, self.held_out, self.pretraining)
+        measured = measure(trained.model, against, self.prompts, self.seed, self.held_out, origin)
         done = {"tokens": trained.tokens, "steps": trained.steps, "cpu_seconds": round(trained.seconds, 2)}
         multipliers = [round(x, 4) for x in trained.multipliers]
         tuning = {"tuning_brevity": brevity_of(trained.model, self.seed, 120)} if self.part in ("main", "asks") else {}
@@ -191,10 +199,9 @@ def screen(_: list[dict[str, Any]]) -> Iterator[Run]:
     for rate in RATES:
         for name in SCREENED:
             yield Run("screen", name, at_the_aim(name, {name: rate}), seed=100, prompts="tune")
-        for size, condition in OF_SIZE.items():
-            for name in STEPS if size > 2 else ():
-                method = tuned(name, {name: rate}, aim=ASKED_OF[size][1])
-                yield Run("screen", name, method, condition, seed=100, prompts="tune")
+        for size in LARGER:
+            for name in (*STEPS, *PAIRWISE):
+                yield Run("screen", name, at_the_aim(name, {name: rate}, size), OF_SIZE[size], 100, "tune")
 
 
 def main_condition(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -262,6 +269,39 @@ def asks(rows: list[dict[str, Any]]) -> Iterator[Run]:
                     yield Run("asks", name, tuned(name, rates, aim=asked), condition, seed)
 
 
+def pairwise(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """DPO and its kin on all pairs of larger groups, over their dials."""
+    for seed in SEEDS:
+        for size in LARGER:
+            rates = best_rates(rows, size)
+            for name in PAIRWISE:
+                for aim in ASKED_OF[size][1::2] if name == "DPO, dual once" else (BREVITY_PRICE, 1.0, 1.5):
+                    yield Run("asks", name, tuned(name, rates, aim=aim), OF_SIZE[size], seed)
+
+
+def large_screen(_: list[dict[str, Any]]) -> Iterator[Run]:
+    """Learning rates of a model of 1.4 million parameters."""
+    for rate in RATES:
+        for size in LARGE_SIZES:
+            for name in OF_LARGE[size]:
+                method = at_the_aim(name, {name: rate}, size)
+                yield large_run("large screen", name, method, size, seed=100, prompts="tune")
+
+
+def large(rows: list[dict[str, Any]]) -> Iterator[Run]:
+    """That model: what is asked and what it writes."""
+    for seed in SEEDS:
+        for size in LARGE_SIZES:
+            rates = best_rates(rows, size, "large screen")
+            for name in OF_LARGE[size]:
+                for aim in ASKED_OF[size][1:3] if name in STEPS else (BREVITY_PRICE, 1.0):
+                    yield large_run("large", name, tuned(name, rates, aim=aim), size, seed=seed)
+
+
+def large_run(part: str, name: str, method: Method, size: int, **rest: Any) -> Run:
+    return Run(part, name, method, OF_SIZE[size], width=LARGE.width, layers=LARGE.layers, **rest)
+
+
 def again(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """Asked what the line between two trials says: brevity on the tuning prompts should be held with a margin."""
     for seed in SEEDS:
@@ -317,20 +357,20 @@ def tuned(name: str, rates: dict[str, float], **changes: Any) -> Method:
     return replace(Method(lr=rates[RATE_OF.get(name, name)], **CONTESTANTS[name]), **changes)
 
 
-def at_the_aim(name: str, rates: dict[str, float]) -> Method:
+def at_the_aim(name: str, rates: dict[str, float], size: int = 2) -> Method:
     settings = CONTESTANTS[name]
     if name in PRIMARY_ALONE:
         return tuned(name, rates)
     if settings.get("scale") == "weights":
         return tuned(name, rates, aim=BREVITY_PRICE)
-    return tuned(name, rates, aim=BREVITY if settings.get("shrink") else ASKED)
+    return tuned(name, rates, aim=BREVITY if settings.get("shrink") else ASKED_OF[size][1])
 
 
-def best_rates(rows: list[dict[str, Any]], size: int = 2) -> dict[str, float]:
+def best_rates(rows: list[dict[str, Any]], size: int = 2, part: str = "screen") -> dict[str, float]:
     """Every contestant's learning rate of the highest Lagrangian in the screening, on groups of a size."""
     best: dict[str, tuple[float, float]] = {}
     for row in rows:
-        if row["part"] == "screen" and "infeasible" not in row and row["condition"]["size"] == size:
+        if row["part"] == part and "infeasible" not in row and row["condition"]["size"] == size:
             found = lagrangian(row), row["method"]["lr"]
             best[row["contestant"]] = max(best.get(row["contestant"], found), found)
     return {name: rate for name, (_, rate) in best.items()}
@@ -350,6 +390,9 @@ PARTS: dict[str, Callable[[list[dict[str, Any]]], Iterator[Run]]] = {
     "asks": asks,
     "sweep": sweep,
     "conditions": conditions,
+    "pairwise": pairwise,
+    "large screen": large_screen,
+    "large": large,
     "again": again,
     "thresholds": thresholds,
     "seconds": seconds,

@@ -41,8 +41,8 @@ def worth_of_threshold(objective: str, bound: float, group_size: int) -> str:
     """What a threshold within groups is worth against new texts, and what to ask of the labels to get it there."""
     needed = within_group(bound, group_size)
     worth = f"{objective} {bound:g} among {group_size} responses is about {against_fresh_texts(bound, group_size):.2f}"
-    ask = f"ask {needed:.2f} for" if needed < 1 else f"no threshold of groups of {group_size} is worth"
-    return f"{worth} against fresh texts: {ask} {bound:g} there."
+    ask = f"ask {needed:.2f}" if needed < 1 else f"no threshold of groups of {group_size} is enough"
+    return f"{worth} against fresh texts; to hold {bound:g} there too, {ask}."
 
 
 def usual_size(group: Tensor) -> int:  # [M]

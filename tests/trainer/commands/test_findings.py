@@ -50,11 +50,11 @@ def test_thresholds_that_do_not_bind_are_said_to_need_no_second_objective():
 def test_thresholds_within_groups_are_less_against_fresh_texts():
     sure = row("b", 0.7, threshold=0.6, cost=0.0, sure=True)
     assert said(sure, group_size=2)["fresh"] == (
-        "b 0.6 among 2 responses is about 0.53 against fresh texts: ask 0.80 for 0.6 there. "
+        "b 0.6 among 2 responses is about 0.53 against fresh texts; to hold 0.6 there too, ask 0.80. "
         "(If comparisons are right and seldom tie.)"
     )
     high = said(row("b", 0.7, threshold=0.8, cost=0.0, sure=True), group_size=2)["fresh"]
-    assert "about 0.60 against fresh texts: no threshold of groups of 2 is worth 0.8 there" in high
+    assert "about 0.60 against fresh texts; to hold 0.8 there too, no threshold of groups of 2 is enough" in high
     assert "fresh" not in said(row("b", 0.7, threshold=0.6, cost=0.0), row("c", 0.7, sure=True))
 
 

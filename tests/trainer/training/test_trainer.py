@@ -222,7 +222,7 @@ def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, 
 
 def test_thresholds_that_fresh_texts_will_miss_are_said_so(tmp_path, tiny_model, tokenizer, pairs, caplog):
     make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.55"]).start_dual()
-    assert "brief 0.55 among 2 responses is about 0.52 against fresh texts: ask 0.65 for 0.55 there." in caplog.text
+    assert "brief 0.55 among 2 responses is about 0.52 against fresh texts; to hold 0.55 there too, ask 0.65." in caplog.text
     caplog.clear()
     make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.4"]).start_dual()
     unsure = [row | {"preference": {name: 0.2 + 0.6 * p for name, p in row["preference"].items()}} for row in pairs]
