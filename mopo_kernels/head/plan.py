@@ -27,7 +27,7 @@ from mopo_kernels.head.rows import Rows, count
 CPU_WORKSPACE = 64 * 2**20  # at least
 CPU_MOST = 512 * 2**20  # to which it grows with the vocabulary, and what logits that wait for the backward may take
 CPU_ROWS = 1024  # of all columns: products of 256 are fast, but each block reads and writes weight's gradient once more
-CPU_COLUMNS = 2048  # of a product of a CPU: hidden · weightᵀ of 128 rows ran at 128 GFLOP/s, of 8192 columns at 88
+CPU_COLUMNS = 2048  # of a product of a CPU: hidden · weightᵀ of 128 rows ran at 105 GFLOP/s, of 8192 columns at 75
 GPU_WORKSPACE = 512 * 2**20  # at least: 2048 rows of 128k logits in 16 bits
 GPU_SHARE = 64  # this part of a GPU's memory, if that is more: the more rows, the less often the sums are read
 ALIGN = 128  # column blocks are whole numbers of it
