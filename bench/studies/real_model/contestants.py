@@ -33,6 +33,7 @@ class Contestant:
     step: str  # clone, contrast, dpo
     ask: str  # nothing: the primary alone; asked: the thresholds; fresh: what fresh texts need for them
     length: int = 1  # so many times the tokens, and the groups of a step
+    tau: float = DEMO.tau
 
     def thresholds(self, data: Data, group_size: int) -> dict[str, float]:
         if self.ask == "nothing":
@@ -47,6 +48,7 @@ CONTESTANTS = {
     "clone": Contestant("clone", "asked"),
     "clone, fresh": Contestant("clone", "fresh"),
     "clone, fresh, twice as long": Contestant("clone", "fresh", length=2),  # as long as the demo
+    "clone, no labels": Contestant("clone", "nothing", tau=1e6),  # equal weights: what cloning alone does
     "contrast": Contestant("contrast", "asked"),
     "contrast, fresh": Contestant("contrast", "fresh"),
     "DPO, primary alone": Contestant("dpo", "nothing"),
@@ -91,7 +93,7 @@ def train(
         output_dir=output_dir,
         primary=data.primary,
         thresholds=[f"{name}={bound}" for name, bound in contestant.thresholds(data, size).items()],
-        tau=DEMO.tau,
+        tau=contestant.tau,
         eps=str(data.eps),
         policy_step="clone" if clones else "contrast",
         min_weight=DEMO.min_weight,
@@ -116,7 +118,7 @@ def train(
     trainer.start_dual()
     if isinstance(trainer, PairTrainer) and contestant.step == "dpo":
         trainer.weights = trainer.dual.multipliers / trainer.dual.multipliers.sum()
-    cost = tokens_of_a_group(trainer, clones)
+    cost = tokens_of_a_group(trainer, clones, contestant.tau)
     args.max_steps = max(1, round(contestant.length * data.budget / (per_step * cost)))
     trainer.train()
     seconds = time.process_time() - start
@@ -153,10 +155,10 @@ def implied(trainer: MOPOTrainer, held_out: Dataset) -> dict[str, dict[str, list
     return found
 
 
-def tokens_of_a_group(trainer: MOPOTrainer, clones: bool) -> float:
+def tokens_of_a_group(trainer: MOPOTrainer, clones: bool, tau: float) -> float:
     """Mean over the training groups: the prompt once, and the responses that enter the model."""
     groups: TokenizedGroups = trainer.train_groups
-    weights = mopo_weights(groups.win_rate, groups.group, trainer.dual.multipliers, tau=DEMO.tau)
+    weights = mopo_weights(groups.win_rate, groups.group, trainer.dual.multipliers, tau=tau)
     enters = (weights > DEMO.min_weight).tolist() if clones else [True] * len(weights)
     sequences, number = groups.sequences(), groups.group.tolist()
     prompts = {g: prompt for g, (_, prompt) in zip(number, sequences, strict=True)}
