@@ -116,7 +116,7 @@ def base_texts(run: Run, prompts: list[str], texts: Path) -> measure.Texts:
     """What the base model writes to a seed's prompts, drawn once for all contestants."""
     path = texts / f"{run.data}_base_{run.part}{run.seed}.jsonl"
     if not path.exists():
-        write_texts(path, prompts, measure.draw(*base_model(), prompts, run.seed + 5000))
+        write_texts(path, prompts, measure.draw(*base_model(), prompts, run.seed + 5000, DATA[run.data].max_new_tokens))
     return [row["texts"] for row in known(path)]
 
 
