@@ -18,6 +18,8 @@ from mopo_kernels.backends.batch import Labels
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
+LEAST_GRAD_SAMPLING = 2.0**-13  # up to its inverse the running sum of sampled gradients is exact (backends/fold.py)
+
 
 def is_true(*conditions: Tensor) -> bool:
     """Whether all hold, in one read-back; taken for granted under torch.compile."""
@@ -54,12 +56,12 @@ def check_eps(eps: float) -> None:
 
 def check_grad_sampling(grad_sampling: float | None) -> None:
     is_number = isinstance(grad_sampling, numbers.Real) and not isinstance(grad_sampling, bool)
-    if grad_sampling is None or (is_number and 0 < grad_sampling < 1):
+    if grad_sampling is None or (is_number and 0 < grad_sampling < 1 and grad_sampling >= LEAST_GRAD_SAMPLING):
         return
     kind = "" if is_number else f", a {type(grad_sampling).__name__}: give a float"
     raise ValueError(
-        "grad_sampling must be a number between 0 and 1 (1/64 is a good start), or None for exact gradients; "
-        f"got {reprlib.repr(grad_sampling)}{kind}"
+        f"grad_sampling must be a number between {LEAST_GRAD_SAMPLING:g} and 1 (0.015625, that is 1/64, is a good "
+        f"start), or None for exact gradients; got {reprlib.repr(grad_sampling)}{kind}"
     )
 
 

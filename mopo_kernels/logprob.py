@@ -80,8 +80,8 @@ def linear_logprob(
         return_entropy: return the softmax's entropy [*] in nats too, without gradient.
         return_hit: return too whether no token has a larger z than the target, bool [*]: ties are hits, and the mean
             over the rows that count is the accuracy of the arg-max.
-        grad_sampling: ε in (0, 1), or None for exact gradients. Log-probabilities, lse, entropy and hit stay exact; in
-            the gradient p is replaced by q, a rounding of it at random without bias: entries p_v ≥ ε stay, the others
+        grad_sampling: ε in [2⁻¹³, 1), or None for exact gradients. Log-probabilities, lse, entropy and hit stay exact;
+            in the gradient p is replaced by q, a rounding of it at random without bias: entries p_v ≥ ε stay, others
             become 0 or ε by systematic sampling with one number u of a row, uniform in [0, 1) and drawn from torch's
             default generator of the device. With C_v = u + Σ p/ε over the small entries up to v,
 

@@ -42,6 +42,9 @@ from mopo_kernels.logprob import enter, sequence_totals
 from mopo_kernels.objective.steps import STEPS, PolicyStep, step_target
 from mopo_kernels.objective.target import LabelStatistics, measure
 
+_SCALES = ("temperature", "softcap", "logit_scale")
+HEAD_OPTIONS = ("average", "bias", *_SCALES, "ignore_index", "grad_sampling", "workspace_bytes")
+
 
 @dataclass(frozen=True)
 class MOPOOutput:
@@ -230,6 +233,9 @@ def policy_loss(
     (average, bias, temperature, softcap, logit_scale, ignore_index, grad_sampling, workspace_bytes).
     """
     check_devices("hidden", hidden, labels=labels.slot)
+    for name in options:
+        if name not in HEAD_OPTIONS:
+            raise TypeError(f"policy_loss() has no option {name!r}; those of the head: {', '.join(HEAD_OPTIONS)}")
     step = StepCall(policy_step, ref_logp, min_weight, index)
     inputs = HeadInputs(hidden, weight, options.pop("bias", None), target)
     split = Split(vocab_group, rows, (labels.weights, labels.slot, ref_logp, index))

@@ -89,14 +89,14 @@ BAD_HEADS = [
     *(
         (
             {"grad_sampling": wrong},
-            rf"grad_sampling must be a number between 0 and 1 \(1/64 .* or None .*; got {found}$",
+            rf"grad_sampling must be a number between 0.00012207 and 1 \(0.015625, .* or None .*; got {found}$",
         )
         for wrong, found in (
             ("0.1", "'0.1', a str: give a float"),
             (True, "True, a bool: give a float"),
             (torch.tensor(0.1), r"tensor\(0.1000\), a Tensor: give a float"),
             (torch.tensor([0.1, 0.2]), r"tensor\(\[0.1000, 0.2000\]\), a Tensor: give a float"),
-            *((x, x) for x in (math.nan, math.inf, 0, 0.0, -0.5, 1, 64)),
+            *((x, x) for x in (math.nan, math.inf, 0, 0.0, -0.5, 1, 64, 1e-05, 5e-324)),
         )
     ),
 ]

@@ -1,5 +1,7 @@
 """The GPU report: the dry run whole, steps that fail, and the arithmetic of its verdicts on hand-made numbers."""
 
+import ast
+import importlib.util
 import json
 import os
 import re
@@ -304,6 +306,25 @@ def test_the_fastest_peer_at_any_size_decides(goal, name, seconds, expected):
     state, measured = verdict(goal, *results)
     assert state == expected
     assert f"{seconds:.2f} × the time of CCE at N=1000 H=100 V=5000; without CCE, all gradients, Liger SM90" in measured
+
+
+def test_peers_are_asked_by_names_that_they_have():
+    """Read from the installed sources, since most cannot be imported without a GPU."""
+    calls = [x for x in ast.walk(ast.parse(Path(peers.__file__).read_text())) if isinstance(x, ast.ImportFrom)]
+    theirs = [x for x in calls if x.module.split(".")[0] in ("liger_kernel", "cut_cross_entropy", "trl", "quack")]
+    found = 0
+    for call in theirs:
+        package, *path = call.module.split(".")
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            continue
+        place = Path(spec.submodule_search_locations[0]).joinpath(*path)
+        source = (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text()
+        for name in call.names:
+            assert re.search(rf"\b{name.name}\b", source) or (place / name.name).exists(), f"{call.module}: {name.name}"
+            found += 1
+    assert found > 0 or not importlib.util.find_spec("liger_kernel")
+    assert len(theirs) >= 6
 
 
 def test_every_peer_is_a_contestant():

@@ -173,6 +173,15 @@ def test_statistics_that_are_there_already_give_the_same_loss(policy_step, compi
     torch.testing.assert_close(gradients(output, head), gradients(expected, head), **exact)
 
 
+def test_an_option_that_the_head_does_not_have_is_named():
+    b = batch()
+    statistics = label_statistics(b["win_rate"], b["group"], b["multipliers"], tau=TAU)
+    with pytest.raises(
+        TypeError, match=r"policy_loss\(\) has no option 'grad_samplin'; those of the head: average, bias"
+    ):
+        policy_loss(b["hidden"], b["weight"], b["target"], statistics, grad_samplin=0.1)
+
+
 def test_example_of_the_docstring_trains():
     """A few plain gradient steps on hidden states alone must raise the preferred responses' log-probs."""
     b = batch()

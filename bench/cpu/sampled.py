@@ -2,7 +2,7 @@
 
 Contestants take turns at one size, dtype and kind of head. Sizes come with growing work, and who took all patience at
 one sits out the larger ones: on a CPU without instructions for 16 bits most peers multiply them at a fiftieth of the
-speed of 32. The bound is one product, that of the logits in the rows that the workspace has room for, in float32.
+speed of 32. The bound is one product, that of the logits in the blocks that the planner chooses, in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench import harness, peers
 from bench.cpu import head
+from mopo_kernels.head.plan import CPU_COLUMNS
 from mopo_kernels.measure.roofline import Run
 from mopo_kernels.measure.workloads import Sizes, head_inputs
 
@@ -57,6 +58,7 @@ def logits_alone(hidden: Tensor, weight: Tensor, target: Tensor) -> Run:
 
     def run() -> None:
         for block in hidden.split(rows):
-            torch.mm(block, weight.t(), out=tile[: len(block)])
+            for panel, columns in zip(weight.split(CPU_COLUMNS), tile[: len(block)].split(CPU_COLUMNS, 1), strict=True):
+                torch.mm(block, panel.t(), out=columns)
 
     return run

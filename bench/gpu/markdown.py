@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from bench.gpu.verdict import (
+    FLAT_ENTRIES,
     best_blocks,
     copy_ceiling,
     fastest_peer,
@@ -99,9 +100,9 @@ def _sampled(results: list[dict[str, Any]]) -> Table:
     times = {(r["name"], *r["sizes"]): r.get("seconds") for r in results if r["kind"] == "time"}
     for (name, *sizes), seconds in times.items():
         if name == "linear_logprob_sampled":
-            derived = sum(sampled_terms(tuple(sizes), gemm, copied)) if gemm and copied else None
+            terms = sampled_terms(tuple(sizes), gemm, copied, entries=FLAT_ENTRIES) if gemm and copied else ()
             peer = fastest_peer(results, sizes)
-            found = [seconds, derived, times.get(("linear_logprob", *sizes)), peer and peer["seconds"]]
+            found = [seconds, sum(terms) or None, times.get(("linear_logprob", *sizes)), peer and peer["seconds"]]
             rows.append([", ".join(map(str, sizes)), *map(_milliseconds, found), peer["name"] if peer else ""])
     return rows
 

@@ -124,7 +124,7 @@ class HeadCall:
 
         Raises:
             ValueError: a scale that is not positive and finite, a workspace without a byte, a grad_sampling outside
-                (0, 1).
+                [2⁻¹³, 1).
         """
         check_positive(temperature=temperature, logit_scale=logit_scale, softcap=1.0 if softcap is None else softcap)
         if workspace_bytes is not None and workspace_bytes <= 0:

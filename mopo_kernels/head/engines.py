@@ -53,7 +53,7 @@ def choose_backend(inputs: HeadInputs, call: HeadCall, asked: str | None, *, is_
     if call.grad_sampling is not None and choice.backend == "cut":
         raise ValueError(
             f"grad_sampling={call.grad_sampling} needs logits to draw from, and backend='cut' has none in memory; "
-            "leave the backend out, or choose a tile engine ('triton', 'cuda', 'cpu')"
+            "leave the backend (or MOPO_BACKEND) out, or choose a tile engine ('triton', 'cuda', 'cpu')"
         )
     if call.grad_sampling is not None:
         return choice.backend

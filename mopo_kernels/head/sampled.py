@@ -166,7 +166,8 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None, *_: N
     if call.shard is not None:
         target = call.shard.local(target, weight.shape[0])
     at_target = torch.where(columns == target.unsqueeze(-1), (of_logp * slope).unsqueeze(-1), 0)
-    scaled = (values * scale.unsqueeze(-1) + at_target).to(values.dtype)
+    scaled = values * scale.unsqueeze(-1) + at_target
+    scaled = torch.where(columns >= 0, scaled, 0).to(values.dtype)  # NaN upstream of a row that does not count is none
     needs = ctx.needs_input_grad[:3]
     gradients = sampled_gradients(columns, scaled, counts, hidden, weight, bias, call.on(call.backend, needs).flat())
     return *(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None, None

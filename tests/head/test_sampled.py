@@ -9,13 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.memory import measure
-from mopo_kernels import linear_logprob, mopo_loss, sequence_logprob, win_rate_from_pairs
+from mopo_kernels import checks, linear_logprob, mopo_loss, sequence_logprob, win_rate_from_pairs
 from mopo_kernels.backends.native import cpu
 from mopo_kernels.head import plan
 from mopo_kernels.head.call import HeadCall, Outputs
 from mopo_kernels.head.sampled import sampled_gradients, sampled_logprob
 
 pytestmark = pytest.mark.skipif(bool(cpu.UNAVAILABLE), reason=cpu.UNAVAILABLE)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def any_floor():
+    """The limit of exact gradients lies below what users may ask for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "LEAST_GRAD_SAMPLING", 0.0)
+        yield
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OPTIONS = [{}, {"softcap": 4.0}, {"temperature": 0.7, "logit_scale": 1.5}, {"softcap": 3.0, "temperature": 0.8}]
@@ -137,6 +146,20 @@ def test_a_floor_below_every_probability_gives_exact_gradients(
     call = {"upstream": upstream, "lse_upstream": of_lse if lse else None, "workspace_bytes": workspace, **options}
     got = gradients(*inputs, **call, grad_sampling=1e-12, backend=backend)
     torch.testing.assert_close(got, gradients(*inputs, **call, backend="reference"), rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("ignore_index", [-100, -1])
+def test_an_upstream_gradient_of_nan_where_a_row_does_not_count_is_none(backend, ignore_index):
+    """A ratio that is masked after it was taken: 0 · ∞ and 0/0 of rows that do not count."""
+    *inputs, target = make(30, 5, 40, torch.float64)
+    counts = target != -100
+    upstream = torch.where(counts, 1.5, torch.where(torch.arange(30) % 2 == 0, math.nan, math.inf))
+    target = target.where(counts, ignore_index)
+    call = {"upstream": upstream, "ignore_index": ignore_index}
+    got = gradients(*inputs, target, grad_sampling=1e-12, backend=backend, **call)
+    wanted = gradients(*inputs, target, backend="reference", upstream=1.5, ignore_index=ignore_index)
+    torch.testing.assert_close(got[1:], wanted[1:], rtol=1e-10, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

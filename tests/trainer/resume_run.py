@@ -58,6 +58,7 @@ def main(directory, kill="never", kill_step=-1, resume=False):
         dual_update="sgd",
         eps="0.01",
         policy_step="contrast",
+        grad_sampling=0.1,  # its random numbers are part of what is resumed
         lag_steps=3,
         ratchet_beta=0.9,
         max_steps=8,

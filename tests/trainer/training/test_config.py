@@ -29,8 +29,11 @@ def test_command_line(tmp_path):
         ({"eps": "-1"}, "eps='-1' must be a number"),
         ({"eps": "wide"}, "eps='wide' must be a number"),
         ({"min_weight": 1.0}, "min_weight=1.0 must lie in"),
-        ({"grad_sampling": 1.0}, "grad_sampling must be a number between 0 and 1 .*got 1.0$"),
-        ({"grad_sampling": True}, "grad_sampling must be a number between 0 and 1 .*got True, a bool: give a float"),
+        ({"grad_sampling": 1.0}, "grad_sampling must be a number between 0.00012207 and 1 .*got 1.0$"),
+        (
+            {"grad_sampling": True},
+            "grad_sampling must be a number between 0.00012207 and 1 .*got True, a bool: give a float",
+        ),
         ({"grad_sampling": "few"}, "grad_sampling='few' is not a number"),
         ({"ratchet_beta": 1.1}, "ratchet_beta=1.1 must lie in"),
         ({"lag_steps": 0}, "lag_steps=0 must be at least 1"),

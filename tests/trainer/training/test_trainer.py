@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import SIZES, make_pairs, make_tiny_model, plain_logps
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
+from transformers.modeling_outputs import CausalLMOutput
 
 from mopo_kernels import InfeasibleThresholds, mopo_objective, mopo_weights, solve_dual
 from mopo_trainer.training import trainer as trainer_module
@@ -222,7 +223,10 @@ def test_reference_is_computed_once_and_cached(tmp_path, tiny_model, tokenizer, 
 
 def test_thresholds_that_fresh_texts_will_miss_are_said_so(tmp_path, tiny_model, tokenizer, pairs, caplog):
     make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.55"]).start_dual()
-    assert "brief 0.55 among 2 responses is about 0.52 against fresh texts; to hold 0.55 there too, ask 0.65." in caplog.text
+    assert (
+        "brief 0.55 among 2 responses is about 0.52 against fresh texts; to hold 0.55 there too, ask 0.65."
+        in caplog.text
+    )
     caplog.clear()
     make(tmp_path, tiny_model, tokenizer, pairs, thresholds=["brief=0.4"]).start_dual()
     unsure = [row | {"preference": {name: 0.2 + 0.6 * p for name, p in row["preference"].items()}} for row in pairs]
@@ -409,6 +413,16 @@ def test_options_reach_the_head(tmp_path, tiny_model, tokenizer, pairs, monkeypa
     assert scored["scoring"] == Scoring(tokenizer.pad_token_id, share_prompt=True, backend="reference")
     trainer.compute_loss(tiny_model, first_batch(trainer))
     assert {name: seen["policy_loss"][name] for name in head} == head
+
+
+def test_sampled_gradients_want_a_plain_head(tmp_path, tiny_model, tokenizer, pairs, monkeypatch):
+    def forward(input_ids, **inputs):
+        hidden = tiny_model.model(input_ids, attention_mask=inputs.get("attention_mask")).last_hidden_state
+        return CausalLMOutput(logits=tiny_model.lm_head(hidden.flatten(0, 1)).view(*input_ids.shape, -1))
+
+    monkeypatch.setattr(tiny_model, "forward", forward)
+    with pytest.raises(ValueError, match=r"grad_sampling=0.1 needs a plain LM head, .* logits are its own; leave it"):
+        make(tmp_path, tiny_model, tokenizer, pairs, grad_sampling=0.1).start_dual()
 
 
 def test_the_least_weight_reaches_the_loss(tmp_path, tiny_model, tokenizer, pairs):
