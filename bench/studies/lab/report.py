@@ -3,7 +3,7 @@
     python -m bench.studies.lab.report bench/results/lab docs/results.md
 
 Writes tables.md and the pictures to the directory, and the tables into the page, between its marks. The directory's
-`earlier` holds the runs of another base model: runs of two bases are never in one table, but where they are compared.
+`earlier` holds runs of another base model, which one table compares with these.
 """
 
 from __future__ import annotations
@@ -53,13 +53,12 @@ def main() -> None:
     parser.add_argument("page", type=Path, nargs="?", help="a page with the marks of the laboratory's tables")
     options = parser.parse_args()
     rows, truth = results(options.results)
-    earlier, earlier_truth = results(options.results / "earlier")
-    parts = [*(section(rows, truth) for section in SECTIONS), two_bases(rows, earlier)]
-    text = "\n\n".join([*parts, *(section(earlier, earlier_truth) for section in EARLIER)])
+    earlier, _ = results(options.results / "earlier")
+    text = "\n\n".join([*(section(rows, truth) for section in SECTIONS), two_bases(rows, earlier)])
     write(options.results / "tables.md", text + "\n")
     draw_front(rows, truth, options.results / "front.png")
     draw_asked(rows, options.results / "asked.png")
-    draw_conditions(rows, earlier, options.results / "conditions.png")
+    draw_conditions(rows, options.results / "conditions.png")
     if options.page:
         page = options.page.read_text()
         head, rest = page.split(BEGIN)
@@ -433,13 +432,6 @@ def longer_table(rows: list[Row], truth: Row) -> str:
     return f"**Three times as long**: 90,000 tokens.\n\n{table(f'contestant | asked | {HEAD}', lines)}"
 
 
-def earlier_title(rows: list[Row], truth: Row) -> str:
-    return (
-        "### The earlier base model\n\nThe variants, conditions and settings below were run with a base model that was "
-        "trained alike on another machine and is not kept. Learning rates are the best of three."
-    )
-
-
 def two_bases(rows: list[Row], earlier: list[Row]) -> str:
     """The same runs with two base models."""
     found = [
@@ -452,7 +444,8 @@ def two_bases(rows: list[Row], earlier: list[Row]) -> str:
         if key in found[1]
     ]
     head = "contestant | asked or weight | warmth | warmth, earlier base | brevity | brevity, earlier base"
-    return f"**Two base models**, trained alike on two machines, main condition.\n\n{table(head, lines)}"
+    title = "**Two base models**, trained alike on two machines (the earlier one is not kept), main condition."
+    return f"{title}\n\n{table(head, lines)}"
 
 
 SECTIONS = (
@@ -467,10 +460,10 @@ SECTIONS = (
     threshold_table,
     large_table,
     seconds_table,
+    longer_table,
     condition_table,
     settings_table,
 )
-EARLIER = (earlier_title, main_table, equal_threshold, longer_table, condition_table, settings_table)
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -512,15 +505,14 @@ def draw_asked(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
-def draw_conditions(rows: list[Row], earlier: list[Row], path: Path) -> None:
+def draw_conditions(rows: list[Row], path: Path) -> None:
     """Warmth and brevity under each condition."""
-    found = {f"{title}\n(earlier base)": (c, earlier) for title, c in titled(earlier).items()}
-    found |= {title: (c, rows) for title, c in titled(rows).items()}
+    found = titled(rows)
     labelled: set[tuple[str, str]] = set()
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, objective in zip(figure.subplots(1, 2), OBJECTIVES[:2], strict=True):
-        for x, (condition, some) in enumerate(found.values()):
-            runs = grouped(under(some, condition), lambda r: r["contestant"])
+        for x, condition in enumerate(found.values()):
+            runs = grouped(under(rows, condition), lambda r: r["contestant"])
             for place, name in enumerate(name for name in SHOWN if name in runs):
                 centre, low, high = bootstrap(rates(runs[name], objective))
                 style = {"fmt": "o", "color": f"C{SHOWN.index(name)}", "markersize": 4}

@@ -253,7 +253,7 @@ def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
     rates = best_rates(rows)
     for condition, seed in itertools.product(CONDITIONS.values(), SEEDS):
         more = ["DPO, dual once"] if condition.groups == 1000 else []
-        importance = ["clone, importance"] if condition.writer != "base" else []
+        importance = ["clone, importance"] if condition.writer == "other" else []
         if condition.size == 2:
             for name in [*STEPS, *more, *importance]:
                 yield Run("conditions", name, tuned(name, rates, aim=ASKED), condition, seed)
