@@ -154,10 +154,15 @@ def pairs(group: Tensor) -> tuple[Tensor, Tensor]:
     return i[same], j[same]
 
 
+def difference(batch: Labelled) -> Tensor:  # [pairs, K]
+    """Win rate in the group of the first note less the second's; of pairs 2 P_k - 1."""
+    i, j = pairs(batch.group)
+    return batch.win_rate[i] - batch.win_rate[j]
+
+
 def order(batch: Labelled) -> Tensor:  # [pairs, K]
     """2 P_k - 1 of the first note against the second, as exact labels have it: the one that beats more of the group."""
-    i, j = pairs(batch.group)
-    return (batch.win_rate[i] - batch.win_rate[j]).sign()
+    return difference(batch).sign()
 
 
 def margin(batch: Labelled, multipliers: Tensor) -> Tensor:  # [pairs]
@@ -166,9 +171,15 @@ def margin(batch: Labelled, multipliers: Tensor) -> Tensor:  # [pairs]
 
 
 def dpo(log_ratio: Tensor, batch: Labelled, method: Method, multipliers: Tensor) -> Tensor:
-    """DPO on soft labels: a weighted mean of the labels, or sigmoid(m / tau) under the dual's multipliers (MoCAN)."""
-    m = margin(batch, multipliers)
-    label = (1 + m / multipliers.sum()) / 2 if method.scale == "weights" else (m / method.tau).sigmoid()
+    """DPO on soft labels: a weighted mean of the labels, or under the dual's multipliers those of MOPO's target.
+
+    log (pi*_i / pi*_j) - log (ref_i / ref_j) = sum_k lambda_k (v_ik - v_jk) / tau, whose sigmoid is the label (as MoCAN
+    fits a policy to rewards weighted by a dual that was solved before, arXiv 2405.19544).
+    """
+    if method.scale == "weights":
+        label = (1 + margin(batch, multipliers) / multipliers.sum()) / 2
+    else:
+        label = (difference(batch) @ multipliers / method.tau).sigmoid()
     z = method.beta * log_ratio
     return -(label * logsigmoid(z) + (1 - label) * logsigmoid(-z)).mean()
 
@@ -179,7 +190,7 @@ def ipo(log_ratio: Tensor, batch: Labelled, method: Method, multipliers: Tensor)
 
 
 def modpo(log_ratio: Tensor, batch: Labelled, method: Method, multipliers: Tensor) -> Tensor:
-    """DPO on the primary's labels with the secondaries' margins as reward margins (arXiv 2310.03708, Eq. 10)."""
+    """DPO on the primary's labels, the secondaries' ±1 in the place of reward margins (arXiv 2310.03708, Eq. 10)."""
     share = multipliers / multipliers.sum()
     secondaries = margin(batch, torch.cat([share.new_zeros(1), share[1:]]))
     label = (1 + order(batch)[:, 0]) / 2

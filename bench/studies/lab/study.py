@@ -109,6 +109,9 @@ CONDITIONS = {
 }
 OF_SIZE = {2: OWN_PAIRS, 4: CONDITIONS["groups of 4"], 8: CONDITIONS["groups of 8"]}
 LARGER = (4, 8)
+WEIGHTS_OF = dict.fromkeys(("DPO, weights", "IPO, weights"), (BREVITY_PRICE, 1.0, 1.5)) | {
+    "MODPO": (BREVITY_PRICE, 1.0, 1.5, 2.0)
+}
 LARGE_SIZES = (2, 4)
 OF_LARGE = {2: [*STEPS, "IPO, weights"], 4: STEPS}  # contestants of the large model
 
@@ -275,7 +278,7 @@ def pairwise(rows: list[dict[str, Any]]) -> Iterator[Run]:
         for size in LARGER:
             rates = best_rates(rows, size)
             for name in PAIRWISE:
-                for aim in ASKED_OF[size][1::2] if name == "DPO, dual once" else (BREVITY_PRICE, 1.0, 1.5):
+                for aim in ASKED_OF[size][1::2] if name == "DPO, dual once" else WEIGHTS_OF[name]:
                     yield Run("asks", name, tuned(name, rates, aim=aim), OF_SIZE[size], seed)
 
 

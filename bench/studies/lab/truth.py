@@ -3,8 +3,8 @@
     python -m bench.studies.lab.truth bench/results/lab
 
 Many notes of the base model a prompt give win rates close to those of the population, so the exact dual on them gives
-the constrained optimum. The same notes dealt into groups of 2, 4 and 8 give the labels that training sees; their target
-is then scored by the win rates of the population.
+the constrained optimum. The same notes dealt into groups of 2, 4 and 8 give the labels that training sees. What either
+attains is scored against as many notes that were drawn anew.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory for truth.json")
     options = parser.parse_args()
     asked = prompts(999, PROMPTS, "train")
-    values = scores(asked, sample(writer("base")[0], asked, NOTES, seed=5))
+    values, others = (scores(asked, sample(writer("base")[0], asked, NOTES, seed=seed)) for seed in (5, 6))
+    fresh = (1 + (values[:, :, None] - others[:, None]).sign().double().mean(2)).flatten(0, 1) / 2  # [prompts notes, K]
     found = {
         "correlations": {f"{a}, {b}": correlation(values, i, j) for i, j, a, b in pairs()},
-        "optimum": [optimum(values, brevity) for brevity in THRESHOLDS],
-        "groups": [of_groups(values, size, ask) for size in (2, 4, 8) for ask in asks(size)],
+        "optimum": [optimum(values, fresh, brevity) for brevity in THRESHOLDS],
+        "groups": [of_groups(values, fresh, size, ask) for size in (2, 4, 8) for ask in asks(size)],
     }
     print(write_json(options.output / "truth.json", found).read_text())
 
@@ -57,32 +58,32 @@ def correlation(values: Tensor, i: int, j: int) -> float:
     return round(float(spearmanr(rates[:, i], rates[:, j]).statistic), 3)
 
 
-def optimum(values: Tensor, brevity: float) -> dict[str, Any]:
+def optimum(values: Tensor, fresh: Tensor, brevity: float) -> dict[str, Any]:
     """The constrained optimum on the population, thresholds on brevity and relevance."""
-    solution = solve_dual(
-        win_rates(values, 1.0, 0), torch.arange(PROMPTS).repeat_interleave(NOTES), [brevity, RELEVANCE], tau=TAU
-    )
+    rates, group = win_rates(values, 1.0, 0), torch.arange(PROMPTS).repeat_interleave(NOTES)
+    solution = solve_dual(rates, group, [brevity, RELEVANCE], tau=TAU)
+    weights = mopo_weights(rates, group, solution.multipliers, tau=TAU)
     return {
         "brevity": brevity,
         "multipliers": rounded(solution.multipliers),
-        "win rates": rounded(solution.win_rates),
+        "win rates": rounded((weights[:, None] * fresh).sum(0) / PROMPTS),
         "kl": round((float(solution.win_rates[0]) - solution.value) / TAU, 4),
     }
 
 
-def of_groups(values: Tensor, size: int, brevity: float) -> dict[str, Any]:
+def of_groups(values: Tensor, fresh: Tensor, size: int, brevity: float) -> dict[str, Any]:
     """The target of groups of a size: what the labels say it attains, and what it attains against fresh notes."""
     rates = win_rates(values.reshape(-1, size, 3), 1.0, 0)
     group = torch.arange(len(rates) // size).repeat_interleave(size)
     solution = solve_dual(rates, group, [brevity, RELEVANCE], tau=TAU)
     weights = mopo_weights(rates, group, solution.multipliers, tau=TAU)
-    fresh = (weights[:, None] * win_rates(values, 1.0, 0)).sum(0) / (len(rates) // size)
+    attained = (weights[:, None] * fresh).sum(0) / (len(rates) // size)
     return {
         "size": size,
         "brevity asked": brevity,
         "multipliers": rounded(solution.multipliers),
         "win rates on the labels": rounded(solution.win_rates),
-        "win rates against fresh notes": rounded(fresh),
+        "win rates against fresh notes": rounded(attained),
         "brevity by the formula": round(fresh_win_rate(brevity, size), 4),
     }
 

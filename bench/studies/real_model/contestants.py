@@ -32,7 +32,7 @@ class Contestant:
 
     step: str  # clone, contrast, dpo
     ask: str  # nothing: the primary alone; asked: the thresholds; fresh: what fresh texts need for them
-    length: int = 1  # so many times the tokens, and the groups of a step
+    length: int = 1  # so many times the tokens by as many times the groups of a step: the steps stay as many
     tau: float = DEMO.tau
 
     def thresholds(self, data: Data, group_size: int) -> dict[str, float]:

@@ -125,5 +125,7 @@ def split(name: str, seed: int, part: str) -> tuple[Dataset, Dataset]:
     rest = data.tuning_prompts + torch.randperm(len(groups) - data.tuning_prompts, generator=random)
     thirds = list(rest.tensor_split(FOLDS))
     held_out = thirds.pop(seed % FOLDS)[: data.held_out].tolist()
-    train = groups.select(torch.cat(thirds).tolist())
-    return train, groups.select(held_out if part == "test" else range(data.tuning_prompts))
+    measured = groups.select(held_out if part == "test" else range(data.tuning_prompts))
+    kept_out = set(measured["prompt"])  # a few prompts have two groups
+    train = groups.select([i for i in torch.cat(thirds).tolist() if groups[i]["prompt"] not in kept_out])
+    return train, measured
