@@ -14,7 +14,7 @@ from bench.studies.lab.contestants import Method
 from bench.studies.lab.data import Condition
 from bench.studies.lab.model import Origin
 from bench.studies.lab.study import CONTESTANTS, Run
-from mopo_kernels import MOPODual
+from mopo_kernels import MOPODual, mopo_weights
 
 PROMPT = "tell mia bread lamp :"
 
@@ -163,6 +163,20 @@ def test_all_pairs_of_a_group_are_ordered_as_their_scores():
     i, j = contestants.pairs(batch.group)
     assert list(zip(i.tolist(), j.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
     assert contestants.order(batch)[:, 0].tolist() == [1, 1, 0, -1, -1, -1]
+
+
+def test_dpo_under_the_dual_is_best_where_mopos_target_is():
+    """In groups of any size its loss is stationary at h = log(w / ref) / beta, ref being uniform in the group."""
+    torch.manual_seed(0)
+    win_rate = data.win_rates(torch.randn(3, 4, 3), accuracy=1.0, seed=0)
+    group, nothing = torch.arange(3).repeat_interleave(4), torch.empty(0)
+    batch = data.Labelled(nothing, nothing, win_rate, group, nothing, nothing)
+    multipliers, method = torch.tensor([1.0, 0.6, 0.2], dtype=torch.float64), Method("dpo", 1e-3, tau=0.3)
+    h = mopo_weights(win_rate, group, multipliers, tau=0.3).log() / method.beta
+    i, j = contestants.pairs(group)
+    log_ratio = (h[i] - h[j]).requires_grad_()
+    contestants.dpo(log_ratio, batch, method, multipliers).backward()
+    torch.testing.assert_close(log_ratio.grad, torch.zeros_like(log_ratio), rtol=0, atol=1e-12)
 
 
 def test_a_wider_model_is_kept_beside_the_small_one(tmp_path):

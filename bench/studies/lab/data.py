@@ -38,7 +38,7 @@ class Labelled(NamedTuple):
     win_rate: Tensor  # [B, K]
     group: Tensor  # [B]
     ref_logp: Tensor  # [B] under the base
-    log_ratio: Tensor  # [B] log pi_ref - log mu
+    log_ratio: Tensor  # [B] log pi_ref - log mu; of a sharper writer that of its model, at temperature 1
 
     def take(self, rows: Tensor) -> Labelled:
         return Labelled(*(x[rows] for x in self))
