@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from bench.studies.real_model import contestants, data, measure, report, study
 from bench.studies.real_model.contestants import CONTESTANTS, dpo
@@ -30,6 +31,15 @@ def test_three_seeds_hold_out_different_prompts_and_none_of_those_for_tuning():
         assert not set(train["prompt"]) & (tuning | set(test["prompt"]))
         assert len(train) == len(groups_of("demo")) - 49 - 20
     assert set(split("demo", 3, "test")[1]["prompt"]) != held_out[0]
+
+
+def test_a_prompt_of_two_groups_is_not_on_both_sides(monkeypatch):
+    twice = Dataset.from_dict({"prompt": [f"question {i // 2}" for i in range(60)]})
+    monkeypatch.setattr(data, "groups_of", lambda name: twice)
+    for seed in range(3):
+        train, held_out = split("qa-feedback", seed, "test")
+        assert len(train) > 0
+        assert not set(train["prompt"]) & set(held_out["prompt"])
 
 
 def test_fresh_asks_what_groups_of_four_need():
