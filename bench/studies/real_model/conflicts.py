@@ -1,6 +1,6 @@
 """Which computable objective conflicts with what people preferred? Small learned scorers, if installed, and exact ones:
 
-    pip install alt-profanity-check hatesonar harper-py
+    pip install alt-profanity-check hatesonar harper-py    # hatesonar wants the locale en_US.UTF-8 (localedef)
     python -m bench.studies.real_model.conflicts > bench/results/real_model/conflicts.md
 
 Correlation over all responses of a data set between win rates within the group: −1 opposed, 0 unrelated.
