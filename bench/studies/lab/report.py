@@ -373,9 +373,12 @@ def of_part(rows: list[Row], part: str, condition: Condition) -> list[Row]:
 
 def under(rows: list[Row], condition: Condition) -> list[Row]:
     """The runs under a condition that ask what the formula says."""
-    asked = round(asked_for(BREVITY, condition.size), 4)
     found = [*of_part(rows, "conditions", condition), *of_part(rows, "asks", condition)]
-    return [row for row in found if row["method"]["aim"] == asked]
+    return [row for row in found if asks_by_the_formula(row, condition)]
+
+
+def asks_by_the_formula(row: Row, condition: Condition) -> bool:
+    return row["method"]["aim"] == round(asked_for(BREVITY, condition.size), 4)
 
 
 def titled(rows: list[Row]) -> dict[str, Condition]:
@@ -388,7 +391,8 @@ def titled(rows: list[Row]) -> dict[str, Condition]:
 def condition_table(rows: list[Row], truth: Row) -> str:
     parts = []
     for title, condition in titled(rows).items():
-        found = grouped(under(rows, condition), lambda r: (r["contestant"], r["method"]["aim"]))
+        higher = (r for r in of_part(rows, "conditions", condition) if not asks_by_the_formula(r, condition))
+        found = grouped([*under(rows, condition), *higher], dial)
         for against in ["base"] if condition.writer == "base" else ["base", condition.writer]:
             lines = [f"{name} | {aim} | {cells(runs, against)}" for (name, aim), runs in in_order(found)]
             opponent = "the base" if against == "base" else f"the writer ({title})"

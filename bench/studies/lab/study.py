@@ -106,6 +106,8 @@ CONDITIONS = {
     "another model": Condition(writer="other"),
     "noisy": Condition(accuracy=0.7),
     "sharper": Condition(writer="sharp"),
+    "50 groups of 4": Condition(size=4, groups=50),
+    "noisy groups of 4": Condition(size=4, groups=500, accuracy=0.7),
 }
 OF_SIZE = {2: OWN_PAIRS, 4: CONDITIONS["groups of 4"], 8: CONDITIONS["groups of 8"]}
 LARGER = (4, 8)
@@ -113,7 +115,7 @@ WEIGHTS_OF = dict.fromkeys(("DPO, weights", "IPO, weights"), (BREVITY_PRICE, 1.0
     "MODPO": (BREVITY_PRICE, 1.0, 1.5, 2.0)
 }
 LARGE_SIZES = (2, 4)
-OF_LARGE = {2: [*STEPS, "IPO, weights"], 4: STEPS}  # contestants of the large model
+OF_LARGE = {size: [*STEPS, "IPO, weights", "DPO, weights"] for size in LARGE_SIZES}  # contestants of the large model
 
 
 @dataclass(frozen=True)
@@ -253,13 +255,14 @@ def rest(rows: list[dict[str, Any]]) -> Iterator[Run]:
 
 def conditions(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """One factor of the data changed at a time; groups of 4 are asked what corresponds."""
-    rates = best_rates(rows)
+    rates = {size: best_rates(rows, size) for size in OF_SIZE}
     for condition, seed in itertools.product(CONDITIONS.values(), SEEDS):
         more = ["DPO, dual once"] if condition.groups == 1000 else []
         importance = ["clone, importance"] if condition.writer == "other" else []
-        if condition.size == 2:
+        if condition not in OF_SIZE.values():  # those are under `asks`
             for name in [*STEPS, *more, *importance]:
-                yield Run("conditions", name, tuned(name, rates, aim=ASKED), condition, seed)
+                method = tuned(name, rates[condition.size], aim=ASKED_OF[condition.size][1])
+                yield Run("conditions", name, method, condition, seed)
 
 
 def asks(rows: list[dict[str, Any]]) -> Iterator[Run]:
@@ -323,11 +326,13 @@ def again(rows: list[dict[str, Any]]) -> Iterator[Run]:
 
 def noisy(rows: list[dict[str, Any]]) -> Iterator[Run]:
     """Higher thresholds of labels of which 70% are right."""
-    rates = best_rates(rows)
     for seed in SEEDS:
-        for name in STEPS:
-            for asked in ASKED_OF[2][3:]:
-                yield Run("conditions", name, tuned(name, rates, aim=asked), CONDITIONS["noisy"], seed)
+        for title in ("noisy", "noisy groups of 4"):
+            condition = CONDITIONS[title]
+            rates = best_rates(rows, condition.size)
+            for name in STEPS:
+                method = tuned(name, rates, aim=ASKED_OF[condition.size][3])
+                yield Run("conditions", name, method, condition, seed)
 
 
 def thresholds(rows: list[dict[str, Any]]) -> Iterator[Run]:

@@ -33,6 +33,7 @@ class Contestant:
     step: str  # clone, contrast, dpo
     ask: str  # nothing: the primary alone; asked: the thresholds; fresh: what fresh texts need for them
     length: int = 1  # so many times the tokens by as many times the groups of a step: the steps stay as many
+    steps: int = 1  # so many times the tokens by as many times the steps
     tau: float = DEMO.tau
 
     def thresholds(self, data: Data, group_size: int) -> dict[str, float]:
@@ -54,6 +55,9 @@ CONTESTANTS = {
     "DPO, primary alone": Contestant("dpo", "nothing"),
     "DPO, weights": Contestant("dpo", "fresh"),  # the multipliers of these thresholds are the weights
     "DPO, weights as asked": Contestant("dpo", "asked"),
+    "contrast, five times as long": Contestant("contrast", "asked", steps=5),
+    "DPO, weights as asked, five times as long": Contestant("dpo", "asked", steps=5),
+    "DPO, primary alone, five times as long": Contestant("dpo", "nothing", steps=5),
 }
 
 
@@ -86,7 +90,8 @@ def train(
     start = time.process_time()
     set_seed(seed)
     clones = contestant.step == "clone"
-    per_step = contestant.length * data.groups_per_step[contestant.step]
+    groups_per_step = data.groups_per_step[contestant.step]
+    per_step = contestant.length * groups_per_step
     micro_batch = min(per_step, 2)
     size = len(groups["responses"][0])
     args = MOPOConfig(
@@ -119,7 +124,7 @@ def train(
     if isinstance(trainer, PairTrainer) and contestant.step == "dpo":
         trainer.weights = trainer.dual.multipliers / trainer.dual.multipliers.sum()
     cost = tokens_of_a_group(trainer, clones, contestant.tau)
-    args.max_steps = max(1, round(contestant.length * data.budget / (per_step * cost)))
+    args.max_steps = max(1, round(contestant.steps * data.budget / (groups_per_step * cost)))
     trainer.train()
     seconds = time.process_time() - start
     found = implied(trainer, held_out) if data.human else {}

@@ -36,6 +36,8 @@ SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 HARDLY = 0.01  # of a value on the tuning prompts, whose win rates are known to some 0.08
 FIRST = ("clone, fresh", "clone", "contrast, fresh", "DPO, weights")
+PEOPLE = ("clone", "contrast", "DPO, weights as asked")
+LONGER = tuple(name for name, contestant in CONTESTANTS.items() if contestant.steps > 1)
 SCRATCH = Path("runs/real_model")
 
 Row = dict[str, Any]
@@ -225,7 +227,7 @@ def rest(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
     """The demo's data, the other contestants."""
     for seed in seeds:
         for name in CONTESTANTS:
-            if name != "DPO, weights as asked":
+            if name not in (*LONGER, "DPO, weights as asked"):
                 yield tuned(rows, "demo", name, seed)
 
 
@@ -233,16 +235,30 @@ def human(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
     """Human labels on texts of other systems, at the demo's learning rates; data that are not here are left out."""
     for seed in seeds:
         for data in ("qa-feedback", "hh-harmless", "summeval-op"):
-            for name in ("clone", "contrast", "DPO, weights as asked"):
+            for name in PEOPLE:
                 if DATA[data].source.exists():
                     yield tuned(rows, data, name, seed)
+
+
+def longer(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
+    """Human pairs, some two passes over them instead of a third of one."""
+    for seed in seeds:
+        for name in LONGER:
+            if DATA["hh-harmless"].source.exists():
+                yield tuned(rows, "hh-harmless", name, seed)
 
 
 def tuned(rows: list[Row], data: str, name: str, seed: int) -> Run:
     return Run(data, name, best_rates(rows)[CONTESTANTS[name].step], seed)
 
 
-PARTS: dict[str, Callable[..., Iterator[Run]]] = {"tune": tune, "demo": demo, "human": human, "rest": rest}
+PARTS: dict[str, Callable[..., Iterator[Run]]] = {
+    "tune": tune,
+    "demo": demo,
+    "human": human,
+    "longer": longer,
+    "rest": rest,
+}
 
 
 def main() -> None:
