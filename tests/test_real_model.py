@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bench.studies.real_model import contestants, data, measure, report, study
+from bench.studies.real_model import conflicts, contestants, data, measure, report, study
 from bench.studies.real_model.contestants import CONTESTANTS, dpo
 from bench.studies.real_model.data import DATA, groups_of, split
 from bench.studies.real_model.study import Run
@@ -59,6 +59,18 @@ def test_dpo_compares_within_groups_by_the_weighted_orders():
 
     # the first pair ties in the second objective: 0.75 + 0.25 / 2
     assert found.item() == pytest.approx((loss(0.875, 0.2) + loss(0.0, 0.4)) / 2, abs=1e-6)
+
+
+def test_conflicts_correlate_win_rates_with_the_label_of_people(monkeypatch):
+    groups = [
+        {"prompt": "q", "responses": ["a", "bb", "ccc"], "win_rate": {"preferred": [0.0, 0.5, 1.0]}},
+        {"prompt": "r", "responses": ["bb", "a", "a"], "win_rate": {"preferred": [1.0, None, 0.0]}},
+    ]
+    monkeypatch.setattr(conflicts, "groups_of", lambda name: groups)
+    scorers = {"longer": lambda prompt, text: len(text), "shorter": lambda prompt, text: -len(text)}
+    wins = [0, 0.5, 1, 1, 0.25]  # the two of one length beat one of two, half; nobody judged one of them
+    expected = np.corrcoef(wins, [0.0, 0.5, 1.0, 1.0, 0.0])[0, 1]
+    assert conflicts.correlations("qa-feedback", scorers) == pytest.approx([expected, -expected])
 
 
 def test_prompts_keep_their_end():
@@ -123,6 +135,21 @@ def test_the_budget_counts_what_enters_the_model(tiny):
     in_responses = spent["contrast"] / (1 + contestants.FORWARD_ALONE) - sum(ids) / len(train)
     prompts = [len(tokenizer(prompt)["input_ids"]) for prompt in train["prompt"]]
     assert in_responses == pytest.approx(np.mean(prompts) + 3, abs=0.01)  # the template's tokens
+
+
+def test_five_times_as_long_is_five_times_the_steps(tiny):
+    train, held_out = split("demo", 0, "test")
+    tokenizer = demo._tiny_model(0)[1]
+    some = replace(DATA["demo"], budget=4000)
+    ordinary, longer = (
+        contestants.train(
+            *(demo._tiny_model(0)[0], tokenizer, train, held_out, some, CONTESTANTS[name]),
+            *(1e-3, 0, str(tiny / "run")),
+        )
+        for name in ("contrast", "contrast, five times as long")
+    )
+    assert abs(longer.steps - 5 * ordinary.steps) <= 2  # both are rounded
+    assert longer.tokens / longer.steps == pytest.approx(ordinary.tokens / ordinary.steps)
 
 
 def test_the_committed_tables_are_those_of_the_runs():
