@@ -331,18 +331,25 @@ def equal_by_size(rows: list[Row], truth: Row) -> str:
 
 def large_table(rows: list[Row], truth: Row) -> str:
     """What the large model writes, beside the small one under the same condition."""
-    lines = []
+    lines, equal = [], []
     for size in LARGE_SIZES:
+        turned: dict[str, dict[Any, list[Row]]] = defaultdict(dict)
         for (name, aim), some in in_order(grouped(of_part(rows, "large", OF_SIZE[size]), dial)):
+            turned[name][aim] = some
             small = fronts(rows, size).get(name, {}).get(aim)
             shown = "–" if small is None else interval(rates(small, "brevity"))
             lines.append(f"{size} | {name} | {aim} | {shown} | {cells(some)}")
+        for name, front in turned.items():
+            price = figure_at_threshold(front, "kl")
+            shown = "–" if np.isnan(price) else f"{price:.2f}"
+            equal.append(f"{size} | {name} | {span(*warmth_at_threshold(front))} | {shown}")
     screen = [r for r in rows if r["part"] == "large screen"]
     best = (f"groups of {size}: {written(best_rates(screen, size, 'large screen'))}" for size in LARGE_SIZES)
     head = f"group size | contestant | asked or weight | brevity of the small model | {HEAD}"
     return (
         f"**A model of 1.4 million parameters** (width {LARGE.width}, {LARGE.layers} layers), with a base and learning "
-        f"rates of its own ({'; '.join(best)}), otherwise as above.\n\n{table(head, lines)}"
+        f"rates of its own ({'; '.join(best)}), otherwise as above.\n\n{table(head, lines)}\n\n"
+        f"{table('group size | contestant | warmth at brevity 0.6 | KL there', equal)}"
     )
 
 
