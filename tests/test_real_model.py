@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bench.studies.real_model import conflicts, contestants, data, measure, report, study
+from bench.studies.real_model import conflicts, contestants, cut_tail, data, measure, report, study
 from bench.studies.real_model.contestants import CONTESTANTS, dpo
 from bench.studies.real_model.data import DATA, groups_of, split
 from bench.studies.real_model.study import Run
@@ -78,6 +78,18 @@ def test_prompts_keep_their_end():
     short = replace(DATA["qa-feedback"], max_prompt_length=measure.TEMPLATE_TOKENS + 9)
     assert measure.shorten("long passage. Question?", tokenizer, short) == "Question?"
     assert measure.shorten("Question?", tokenizer, short) == "Question?"
+
+
+def test_the_cut_tail_is_minus_the_log_of_what_top_p_keeps():
+    model, tokenizer = demo._tiny_model(0)
+    logits = measure.next_token_logits(tokenizer, "question", "text", model)[0][0]
+    probs = logits.softmax(-1).sort(descending=True).values
+    before = probs.cumsum(-1) - probs  # a token is kept while those before it do not reach top-p
+    expected = -probs.where(before < 0.6, 0).sum(-1).log().sum().item()
+    found = cut_tail.cut_tail(model, tokenizer, ["question", "question"], [["text", "other"], ["text"]], 0.6)
+    assert len(logits) == len(tokenizer("text")["input_ids"]) + 1
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert found > 1
 
 
 @pytest.fixture

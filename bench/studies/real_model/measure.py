@@ -73,15 +73,22 @@ def kl(
     total = 0.0
     chosen = list(zip(prompts, texts, strict=True))[:KL_TEXTS]
     for prompt, samples in chosen:
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        start = len(tokenizer(chat, add_special_tokens=False)["input_ids"])
-        ids = tokenizer(chat + samples[0], add_special_tokens=False, return_tensors="pt")["input_ids"]
-        keep = ids.shape[1] - start + 1  # the last prompt token predicts the first of the text
-        ours, theirs = (x(input_ids=ids, logits_to_keep=keep).logits.log_softmax(-1) for x in (model, base))
+        ours, theirs = (x.log_softmax(-1) for x in next_token_logits(tokenizer, prompt, samples[0], model, base))
         total += float((ours.exp() * (ours - theirs)).sum())
     return round(total / len(chosen), 3)
+
+
+def next_token_logits(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, *models: PreTrainedModel
+) -> list[Tensor]:  # of every model [1, L, V]
+    """What models say of each next token of a text that answers a prompt."""
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    start = len(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(chat + text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    keep = ids.shape[1] - start + 1  # the last prompt token predicts the first of the text
+    return [model(input_ids=ids, logits_to_keep=keep).logits for model in models]
 
 
 @torch.no_grad()

@@ -132,6 +132,8 @@ def seeds(rows: list[Row]) -> str:
 PAIRED = (
     ("clone, fresh", "clone"),
     ("clone, fresh", "clone, primary alone"),
+    ("clone, fresh", "clone, no labels"),
+    ("clone, primary alone", "clone, no labels"),
     ("clone, fresh, twice as long", "clone, fresh"),
     ("contrast, fresh", "clone, fresh"),
     ("DPO, weights", "clone, fresh"),
