@@ -58,9 +58,9 @@ from mopo_trainer.data import labels, load_rows, split_groups, to_groups
 from mopo_trainer.data.scorers import BUILT_IN
 from mopo_trainer.files import atomic_path, write_json
 from mopo_trainer.report import plots
-from mopo_trainer.report.evaluate import Interval, bootstrap_interval, sampled_win_rates
+from mopo_trainer.report.evaluate import bootstrap_interval, sampled_win_rates, verdict
 from mopo_trainer.report.evidence import within_group
-from mopo_trainer.report.tables import new_table
+from mopo_trainer.report.tables import MARKS, MARKS_EXPLAINED, new_table
 from mopo_trainer.training.config import MOPOConfig
 from mopo_trainer.training.trainer import MOPOTrainer
 
@@ -354,7 +354,8 @@ def _stage(
         if thresholds is not None:
             run.console.print(f"Training: {name} {_describe(thresholds)}", style="bold", soft_wrap=True)
             model, log, _ = _train(run, model, tokenizer, groups, thresholds, settings)
-        texts = _sample(f"Sampling: {name}", model, tokenizer, prompts, settings, run.seed)
+        seed = run.seed + (name == BASE)  # else a text and the base's it is compared with would share their draws
+        texts = _sample(f"Sampling: {name}", model, tokenizer, prompts, settings, seed)
     return {"texts": texts, "log": log, "seconds": stage.seconds}
 
 
@@ -462,15 +463,6 @@ def compare(prompts: Sequence[str], texts: Mapping[str, Sequence[Sequence[str]]]
     return {"models": found, "difference": difference}
 
 
-def verdict(interval: Interval, threshold: float | None) -> str:
-    """Whether a measured win rate meets its threshold, given the interval."""
-    if threshold is None:
-        return "maximised"
-    if interval.mean >= threshold:
-        return "met"
-    return "missed" if interval.high < threshold else "missed within the interval"
-
-
 def _mean_words(texts: Sequence[Sequence[str]]) -> float:
     return float(np.mean([len(text.split()) for samples in texts for text in samples]))
 
@@ -489,16 +481,10 @@ def _list(thresholds: Mapping[str, float]) -> str:
 def _win_rate_table(results: Mapping[str, Any]) -> Table:
     headings = [f"{name} ≥ {THRESHOLDS[name]:g}" if name in THRESHOLDS else f"{name} (primary)" for name in OBJECTIVES]
     table = new_table("Win rate against the base model, 95% interval over held-out prompts", "", *headings, "words")
-    marks = {
-        "met": "[green]✓[/]",
-        "missed": "[red]✗[/]",
-        "missed within the interval": "[yellow]~[/]",
-        "maximised": " ",
-    }
     for model, row in results["models"].items():
-        cells = [f"{_interval(row[k])} {marks[row[k]['verdict']]}" if k in row else "0.50" for k in OBJECTIVES]
+        cells = [f"{_interval(row[k])} {MARKS[row[k]['verdict']]}" if k in row else "0.50" for k in OBJECTIVES]
         table.add_row(model, *cells, f"{row['words']:.0f}")
-    table.caption = "✓ threshold met  ~ missed, but inside the interval  ✗ missed beyond the interval"
+    table.caption = MARKS_EXPLAINED
     return table
 
 

@@ -1,4 +1,4 @@
-"""The command `mopo`: train, solve, pareto, demo, doctor, profile.
+"""The command `mopo`: train, solve, compare, pareto, demo, doctor, profile.
 
 Every subcommand imports what it needs when it runs, so that `mopo --help` answers at once and `mopo solve` never loads
 a model library. Wrong input ends with one line on stderr and exit code 2.
@@ -25,6 +25,8 @@ a first session:
   mopo solve labels.jsonl --primary helpful    which thresholds the labels allow, what each costs
   mopo solve labels.jsonl --primary helpful --threshold harmless=0.6
   mopo train config.yaml --max_steps 300       train under these thresholds
+  mopo compare runs/first held_out.jsonl --scorer brevity --threshold brevity=0.6
+                                               does what the model writes hold them?
   mopo demo                                    all of this on a small real model, within ten minutes
   mopo profile                                 where the time of the fused LM head goes on this machine
 
@@ -71,6 +73,26 @@ a tabular problem is one JSON object: P[K][Y][Y] (P[k][i][j]: how probably respo
 optionally mu[Y] (who it is compared with; default uniform), pi_ref[Y] (default mu), tau, primary (an index or a name),
 objectives[K] and responses[Y] (names), thresholds {objective: win rate} (marked in the figure).
 The hypervolume is measured from the reference point 0.
+"""
+
+COMPARE_EXAMPLES = """\
+examples:
+  mopo compare runs/first held_out.jsonl --scorer brevity --threshold brevity=0.6
+                                an adapter against its base, on the prompts of these rows
+  mopo compare runs/full held_out.jsonl --base path/to/model --scorer brevity --scorer polite=my_scorers:politeness
+                                a whole model; every scorer is an objective
+  mopo compare runs/second held_out.jsonl --scorer brevity --threshold brevity=0.6 --asked brevity=0.7 \\
+      --before runs/compare/compare.json --output runs/compare-2
+                                training asked the labels for 0.7; what should it ask next?
+
+Both models answer every prompt; a scorer compares each text of one with each text of the other.  The win rate of a
+prompt is the share won, ties 1/2; the interval is 95%, by bootstrap over prompts.  Give prompts that training has not
+seen, drawn as the labelled responses were (--temperature, --top-p): against other opponents a threshold means something
+else.  Objectives that only people can judge have no scorer: `mopo train --eval_fraction` says of them what the
+model's log-probabilities imply.
+
+A threshold that was missed is asked again: two trials give a line from what was asked to what was written, and the
+line says what to ask for a standard error above the threshold.
 """
 
 DEMO_EXAMPLES = """\
@@ -166,6 +188,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.add_parser("train", help="train a language model under thresholds (HF arguments or a YAML file)")
     _add_solve(commands)
+    _add_compare(commands)
     _add_pareto(commands)
     _add_demo(commands)
     _add_doctor(commands)
@@ -201,6 +224,59 @@ def _add_solve(commands: Any) -> None:
     _add_output(parser, "runs/solve", "solve.json and solve.png")
 
 
+def _add_compare(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "compare",
+        _compare,
+        help="do the texts of a trained model hold the thresholds? against the model it began as",
+        description="Win rates of a trained model's texts against those of the model that training began with.",
+        epilog=COMPARE_EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory or hub name of a causal LM or a peft adapter")
+    parser.add_argument("file", metavar="FILE", help="data with the prompts to answer (as `mopo train` reads them)")
+    parser.add_argument("--base", metavar="MODEL", help="what training began with (an adapter has its own)")
+    _add_scorer(parser)
+    _add_threshold(parser)
+    parser.add_argument(
+        "--asked",
+        action="append",
+        default=[],
+        metavar="NAME=WIN_RATE",
+        help="threshold that training asked the labels for, where it is not the one that is wanted",
+    )
+    parser.add_argument(
+        "--before", action="append", default=[], type=Path, metavar="JSON", help="compare.json of an earlier trial"
+    )
+    parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
+    parser.add_argument(
+        "--max-prompts", "--max_prompts", type=_positive, metavar="N", help="the first so many prompts (default: all)"
+    )
+    parser.add_argument(
+        "--as-chat", "--as_chat", action="store_true", help="plain prompts are a user's messages, as in training"
+    )
+    parser.add_argument(
+        "--samples", type=_positive, default=4, metavar="N", help="texts of each to a prompt (default 4)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=_positive, default=256, metavar="N", help="default 256"
+    )
+    parser.add_argument("--temperature", type=_above_zero, default=1.0, metavar="T", help="default 1")
+    parser.add_argument("--top-p", "--top_p", type=_top_p, default=1.0, metavar="P", help="default 1: nothing cut off")
+    parser.add_argument(
+        "--batch-size",
+        "--batch_size",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="texts drawn together (default 32)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
+    dtypes = ["float32", "bfloat16", "float16", "auto"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="type of the weights (default float32)")
+    _add_output(parser, "runs/compare", "compare.json and texts.jsonl")
+
+
 def _add_pareto(commands: Any) -> None:
     parser = _add(
         commands,
@@ -227,7 +303,11 @@ def _add_demo(commands: Any) -> None:
         epilog=DEMO_EXAMPLES,
     )
     parser.add_argument(
-        "--minutes", type=_minutes, default=10.0, metavar="M", help="how long it may take on this machine (default 10)"
+        "--minutes",
+        type=_above_zero,
+        default=10.0,
+        metavar="M",
+        help="how long it may take on this machine (default 10)",
     )
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run (default: what fits)")
     parser.add_argument("--tiny", action="store_true", help="a random tiny model, seconds")
@@ -249,25 +329,11 @@ def _add_doctor(commands: Any) -> None:
 
 def _add_label_options(parser: Parser) -> None:
     parser.add_argument("--primary", metavar="NAME", help="objective to maximise (default: the first in the data)")
-    parser.add_argument(
-        "--threshold",
-        "--thresholds",
-        action="append",
-        default=[],
-        metavar="NAME=WIN_RATE",
-        help="win rate to hold for a secondary, for example brevity=0.6; repeat for more",
-    )
+    _add_threshold(parser)
     parser.add_argument(
         "--objective", action="append", default=[], metavar="NAME", help="keep only these secondaries; repeat for more"
     )
-    parser.add_argument(
-        "--scorer",
-        "--scorers",
-        action="append",
-        default=[],
-        metavar="SPEC",
-        help="objective from the text: brevity, friendliness, plain_language, name=BUILT_IN or name=module:function",
-    )
+    _add_scorer(parser)
     parser.add_argument("--tau", type=float, metavar="T", help="temperature of the KL penalty (default 0.08)")
     parser.add_argument(
         "--eps", type=_eps, default=0.0, metavar="E", help="radius of the robust bound, or auto (default 0)"
@@ -297,6 +363,28 @@ def _add_label_options(parser: Parser) -> None:
     )
 
 
+def _add_threshold(parser: Parser) -> None:
+    parser.add_argument(
+        "--threshold",
+        "--thresholds",
+        action="append",
+        default=[],
+        metavar="NAME=WIN_RATE",
+        help="win rate to hold for a secondary, for example brevity=0.6; repeat for more",
+    )
+
+
+def _add_scorer(parser: Parser) -> None:
+    parser.add_argument(
+        "--scorer",
+        "--scorers",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="objective from the text: brevity, friendliness, plain_language, name=BUILT_IN or name=module:function",
+    )
+
+
 def _add_output(parser: Parser, default: str, what: str) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(default), metavar="DIR", help=f"where {what} go (default {default})"
@@ -320,7 +408,14 @@ def _positive(text: str) -> int:
     return number
 
 
-def _minutes(text: str) -> float:
+def _top_p(text: str) -> float:
+    number = _above_zero(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability in (0, 1]")
+    return number
+
+
+def _above_zero(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -378,6 +473,27 @@ def _label_problem(args: argparse.Namespace) -> Any:
         preferred=args.preferred,
         tau=0.08 if args.tau is None else args.tau,
         eps=args.eps,
+    )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    thresholds, asked = parse_thresholds(args.threshold), parse_thresholds(args.asked)
+    from mopo_trainer.commands.compare import Drawing, run_compare
+
+    return run_compare(
+        args.model,
+        args.file,
+        base=args.base,
+        scorers=args.scorer,
+        thresholds=thresholds,
+        asked=asked,
+        before=args.before,
+        how=Drawing(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.batch_size, args.seed),
+        split=args.split,
+        max_prompts=args.max_prompts,
+        as_chat=args.as_chat,
+        dtype=args.dtype,
+        output=args.output,
     )
 
 

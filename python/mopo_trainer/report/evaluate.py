@@ -52,6 +52,15 @@ def bootstrap_interval(values: ArrayLike, *, confidence: float = 0.95, resamples
     return Interval(float(sample.mean()), float(low), float(high))
 
 
+def verdict(interval: Interval, threshold: float | None) -> str:
+    """Whether a measured win rate meets its threshold, given the interval."""
+    if threshold is None:
+        return "maximised"
+    if interval.mean >= threshold:
+        return "met"
+    return "missed" if interval.high < threshold else "missed within the interval"
+
+
 def sampled_win_rates(
     prompts: Sequence[str],
     responses: Sequence[Sequence[str]],

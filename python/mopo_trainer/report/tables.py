@@ -5,6 +5,14 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+MARKS = {  # of what `report.evaluate.verdict` says
+    "met": "[green]✓[/]",
+    "missed": "[red]✗[/]",
+    "missed within the interval": "[yellow]~[/]",
+    "maximised": " ",
+}
+MARKS_EXPLAINED = "✓ threshold met  ~ missed, but inside the interval  ✗ missed beyond the interval"
+
 
 def new_table(title: str, first: str, *others: str, numbers: bool = True) -> Table:
     """A table that fits 80 columns: a name first, never cut, then columns of numbers (right-aligned) or of text."""
