@@ -11,7 +11,7 @@ import pytest
 from mopo_trainer.commands.main import main
 
 SUMMEVAL = Path(__file__).parents[3] / "examples" / "data" / "summeval-op" / "summeval-op.jsonl"
-COMMANDS = ("train", "solve", "pareto", "demo", "doctor", "profile")
+COMMANDS = ("train", "solve", "compare", "pareto", "demo", "doctor", "profile")
 
 
 def pair(**preference):
