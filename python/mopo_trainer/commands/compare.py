@@ -12,10 +12,10 @@ line through two trials, those next to b + m (b is wanted, m the standard error 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,6 @@ from mopo_trainer.data.scorers import Scorer, load_scorers
 from mopo_trainer.data.texts import Text
 from mopo_trainer.data.tokens import Tokenizing
 from mopo_trainer.files import atomic_path, write_json
-from mopo_trainer.names import it_has
 from mopo_trainer.report.evaluate import bootstrap_interval, sampled_win_rates, verdict
 from mopo_trainer.report.tables import MARKS, MARKS_EXPLAINED, new_table
 
@@ -91,11 +90,15 @@ def run_compare(
     by_name = load_scorers(scorers)
     if not by_name:
         raise ValueError("no scorer: texts are compared by numbers computed from them; give --scorer, say brevity")
-    for name in (*thresholds, *asked):
+    for name in thresholds:
         if name not in by_name:
-            raise ValueError(f"no scorer computes {name}; {it_has(name, list(by_name))}")
+            raise ValueError(f"no scorer computes {name}; the scorers are: {', '.join(by_name)}")
+    for name in asked:
+        if name not in thresholds:
+            raise ValueError(f"asked names {name}, which has no threshold; give what is wanted of it too")
     prompts = load_prompts(source, split, max_prompts)
-    circumstances = {"base": base, "prompts": len(prompts), "drawing": asdict(how), "as_chat": as_chat}
+    fingerprint = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    circumstances = {"base": base, "prompts": fingerprint, "drawing": asdict(how), "as_chat": as_chat}
     trials = {name: [x for path in before for x in read_trials(path, name, circumstances)] for name in thresholds}
     console = Console()
     console.print(f"{model} against {base or 'its base'}: {len(prompts)} prompts × {how.samples} texts", soft_wrap=True)
@@ -130,6 +133,9 @@ def load_prompts(source: str, split: str, most: int | None) -> list[Text]:
     """Prompts of any data that `mopo train` reads, or of a table with a column `prompt`, each once."""
     rows = load_rows(source, split=split)
     prompts: list[Text] = rows["prompt"] if "prompt" in rows.column_names else to_groups(rows)["prompt"]
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"{source}: prompt {index} is empty; leave the row out")
     once = {json.dumps(prompt): prompt for prompt in prompts}
     return list(once.values())[:most]
 
@@ -164,15 +170,17 @@ def draw_both(
     """Texts of the model and of its base, which is loaded after it or is the model without its adapter."""
     loaded, tokenizer = load(model, dtype)
     ids = prompt_tokens(prompts, tokenizer, as_chat)
-    without_adapter = getattr(loaded, "disable_adapter", None)
-    if base is None and without_adapter is None:
+    is_adapter = hasattr(loaded, "disable_adapter")
+    if base is None and not is_adapter:
         raise ValueError(f"{model} is no adapter: give --base, the model that training began with")
     ours = draw(loaded, tokenizer, ids, how, "The model")
+    other = replace(how, seed=how.seed + 1)  # else texts that are compared would share their draws
     if base is None:
-        return ours, draw(loaded, tokenizer, ids, how, "Its base", within=without_adapter())
+        with loaded.disable_adapter():
+            return ours, draw(loaded, tokenizer, ids, other, "Its base")
     del loaded
     loaded, tokenizer = load(base, dtype)
-    return ours, draw(loaded, tokenizer, prompt_tokens(prompts, tokenizer, as_chat), how, "Its base")
+    return ours, draw(loaded, tokenizer, prompt_tokens(prompts, tokenizer, as_chat), other, "Its base")
 
 
 def load(source: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -204,10 +212,15 @@ def draw(
     prompts: Sequence[Sequence[int]],
     how: Drawing,
     description: str,
-    within: AbstractContextManager[Any] | None = None,
 ) -> Drawn:
-    """Texts from the distribution that `how` says; of the model's own generation settings its end tokens count alone."""
+    """Texts from the distribution that `how` says; the model's own generation settings are its end tokens, no more."""
     ends = end_tokens(model, tokenizer)
+    longest, most = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
+    if most is not None and longest + how.max_new_tokens > most:
+        raise ValueError(
+            f"a prompt has {longest} tokens: max_new_tokens={how.max_new_tokens} more are beyond the model's {most}; "
+            "lower it or leave the prompt out"
+        )
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     settings = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(
@@ -220,7 +233,7 @@ def draw(
     set_seed(how.seed)
     texts: Texts = []
     cut = 0
-    with within or nullcontext(), tqdm(total=len(prompts), desc=description) as bar:
+    with tqdm(total=len(prompts), desc=description) as bar:
         for some in batches(prompts, max(1, how.batch_size // how.samples)):
             longest = max(map(len, some))
             ids = torch.tensor([[padding] * (longest - len(x)) + list(x) for x in some], device=model.device)
@@ -278,8 +291,8 @@ def advice(bound: float, margin: float, trials: Sequence[Trial]) -> str:
     other = next((trial for trial in others if trial.asked != a), None)
     if other is None:
         return (
-            f"{found}. Train once more, asking the labels for more than {asked:g}, and give --before this compare.json: "
-            "the line between two trials says what to ask."
+            f"{found}. Train once more, asking the labels for more than {asked:g}, and give this compare.json as "
+            "--before: the line between two trials says what to ask."
         )
     a2, w2 = other
     line = f"the line between {a:g}, written {w:.3f}, and {a2:g}, written {w2:.3f}"
@@ -305,10 +318,8 @@ def read_trials(path: Path, objective: str, circumstances: Mapping[str, Any]) ->
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"--before {path}: not a compare.json that mopo compare wrote ({error!r})") from None
     if differs:
-        name = differs[0]
-        raise ValueError(
-            f"--before {path}: {name} was {found[name]}, now {circumstances[name]}; compare like with like"
-        )
+        was, now = found[differs[0]], circumstances[differs[0]]
+        raise ValueError(f"--before {path}: {differs[0]} was {was} and is {now} now; compare like with like")
     return trials
 
 

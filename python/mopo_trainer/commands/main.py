@@ -255,9 +255,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--as-chat", "--as_chat", action="store_true", help="plain prompts are a user's messages, as in training"
     )
-    parser.add_argument(
-        "--samples", type=_positive, default=4, metavar="N", help="texts of each to a prompt (default 4)"
-    )
+    parser.add_argument("--samples", type=_positive, default=4, metavar="N", help="texts of each a prompt (default 4)")
     parser.add_argument(
         "--max-new-tokens", "--max_new_tokens", type=_positive, default=256, metavar="N", help="default 256"
     )
@@ -269,7 +267,7 @@ def _add_compare(commands: Any) -> None:
         type=_positive,
         default=32,
         metavar="N",
-        help="texts drawn together (default 32)",
+        help="texts drawn at once (default 32)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
     dtypes = ["float32", "bfloat16", "float16", "auto"]
@@ -307,7 +305,7 @@ def _add_demo(commands: Any) -> None:
         type=_above_zero,
         default=10.0,
         metavar="M",
-        help="how long it may take on this machine (default 10)",
+        help="how long it may take on this machine (10)",
     )
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run (default: what fits)")
     parser.add_argument("--tiny", action="store_true", help="a random tiny model, seconds")
