@@ -1,6 +1,7 @@
 """`mopo compare`: whose texts are drawn and how, what is compared, and what the line between two trials says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,29 +85,45 @@ def test_the_same_model_draws_other_texts_on_its_two_sides(capsys, base, prompts
         assert not set(row["model"]) & set(row["base"])
 
 
-def test_texts_follow_the_temperature_and_not_the_model_s_own_settings(base, tokenizer):
-    ids = prompt_tokens(["a", "a longer prompt"], tokenizer, as_chat=False)
-    model, _ = compare.load(str(base), "float32")
-    plain = draw(model, tokenizer, ids, HOW, "")
-    model.generation_config = GenerationConfig(
-        do_sample=False, top_k=1, repetition_penalty=5.0, min_new_tokens=6, eos_token_id=tokenizer.eos_token_id
-    )
-    assert draw(model, tokenizer, ids, HOW, "") == plain
-    assert draw(model, tokenizer, ids, Drawing(3, 6, temperature=1e-4), "").texts != plain.texts
-
-
-def test_draws_are_from_the_model_s_distribution_behind_padding(base, tokenizer):
-    """The first token of a short prompt, padded in its batch, against the softmax of the prompt alone."""
+@pytest.fixture
+def sharp(base):
+    """The model with an opinion on every token."""
     model, _ = compare.load(str(base), "float32")
     with torch.no_grad():
-        model.lm_head.weight *= 12  # far from uniform
+        model.lm_head.weight *= 30
+        for layer in model.model.layers:
+            for weight in (layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight):
+                weight *= 30  # what attention brings counts
+    return model
+
+
+def test_texts_follow_the_temperature_and_not_the_model_s_own_settings(sharp, tokenizer):
+    ids = prompt_tokens(["a", "a longer prompt"], tokenizer, as_chat=False)
+    plain = draw(sharp, tokenizer, ids, HOW, "")
+    sharp.generation_config = GenerationConfig(
+        do_sample=False, top_k=1, repetition_penalty=5.0, min_new_tokens=6, eos_token_id=tokenizer.eos_token_id
+    )
+    assert draw(sharp, tokenizer, ids, HOW, "") == plain
+    assert draw(sharp, tokenizer, ids, Drawing(3, 6, temperature=1e-4), "").texts != plain.texts
+
+
+def test_a_batch_of_prompts_is_answered_as_each_alone(sharp, tokenizer):
+    ids = prompt_tokens(["a", "bc", "a longer prompt", "def"], tokenizer, as_chat=False)
+    coldest = Drawing(samples=1, max_new_tokens=8, temperature=1e-4, batch_size=4)
+    together, alone = (draw(sharp, tokenizer, ids, replace(coldest, batch_size=size), "") for size in (4, 1))
+    assert together == alone
+    assert len({text for (text,) in together.texts}) >= 3
+
+
+def test_draws_are_from_the_model_s_distribution(sharp, tokenizer):
+    """The first token against the softmax."""
     ids = prompt_tokens(["b", "a much longer prompt"], tokenizer, as_chat=False)
-    expected = model(input_ids=torch.tensor([ids[0]])).logits[0, -1].softmax(-1)
+    expected = sharp(input_ids=torch.tensor([ids[0]])).logits[0, -1].softmax(-1)
     seen = torch.zeros_like(expected)
     generated = []
     original = tokenizer.batch_decode
     tokenizer.batch_decode = lambda new, **options: generated.extend(new) or original(new, **options)
-    draw(model, tokenizer, ids, Drawing(samples=2000, max_new_tokens=1, batch_size=4000), "")
+    draw(sharp, tokenizer, ids, Drawing(samples=2000, max_new_tokens=1, batch_size=4000), "")
     for (token,) in generated[:2000]:
         seen[token] += 1 / 2000
     assert (seen - expected).abs().max() < 0.04
