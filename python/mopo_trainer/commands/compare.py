@@ -5,37 +5,58 @@ held-out prompts, every text of one is compared with every text of the other by 
 beside the thresholds with intervals over prompts.
 
 What to ask next. A trial is a threshold that the labels were asked (a) and the win rate w that was written for it. The
-line through two trials, those next to b + m (b is wanted, m the standard error of w), says what to ask:
+line through the two trials around b + s (b is wanted, s the standard error of w), or the two nearest to it, says
 
-    a = a₁ + (b + m − w₁) (a₂ − a₁) / (w₂ − w₁)
+    a = a₁ + (b + s − w₁) (a₂ − a₁) / (w₂ − w₁),    if w₁ and w₂ differ by more than chance, 2 √2 s.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from datasets import Dataset
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from mopo_trainer.data import DataError, load_rows, plain_text, to_groups
-from mopo_trainer.data.scorers import Scorer, load_scorers
+from mopo_trainer.data.errors import OnBadRow, one_line
+from mopo_trainer.data.scorers import Scorer, checked, load_scorers
 from mopo_trainer.data.texts import Text
 from mopo_trainer.data.tokens import Tokenizing
 from mopo_trainer.files import atomic_path, write_json
 from mopo_trainer.report.evaluate import bootstrap_interval, sampled_win_rates, verdict
 from mopo_trainer.report.tables import MARKS, MARKS_EXPLAINED, new_table
+from mopo_trainer.training.fit import check_positions, pad_token
 
-NORMAL = 1.96  # half a 95% interval in standard errors
+OTHER_STREAM = 2**31  # added to the seed of the base: texts that are compared must not share their draws
+FEW_PROMPTS = 20  # below it, bootstrap intervals over prompts are too narrow
 
 Texts = list[list[str]]  # [prompt][sample]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where the prompts come from, and how the models see them: the options of `mopo train`."""
+
+    source: str
+    split: str = "train"
+    adapter: str | None = None
+    on_bad_row: OnBadRow = "error"
+    max_prompts: int | None = None
+    as_chat: bool = False
+    max_prompt_length: int = 512
 
 
 @dataclass(frozen=True)
@@ -45,9 +66,18 @@ class Drawing:
     samples: int = 4  # texts of a model to a prompt
     max_new_tokens: int = 256
     temperature: float = 1.0
+    top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
-    batch_size: int = 32  # texts drawn together
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Thresholds, what training asked the labels for where that was something else, and files of earlier trials."""
+
+    thresholds: Mapping[str, float]
+    asked: Mapping[str, float]
+    before: Sequence[Path]
 
 
 class Trial(NamedTuple):
@@ -59,99 +89,205 @@ class Trial(NamedTuple):
 
 def run_compare(
     model: str,
-    source: str,
+    questions: Questions,
+    wanted: Wanted,
+    how: Drawing,
     *,
     base: str | None,
     scorers: Sequence[str],
-    thresholds: Mapping[str, float],
-    asked: Mapping[str, float],
-    before: Sequence[Path],
-    how: Drawing,
-    split: str = "train",
-    max_prompts: int | None = None,
-    as_chat: bool = False,
-    dtype: str = "float32",
+    batch_size: int,
+    dtype: str,
     output: Path,
 ) -> int:
-    """Compare, print the table, write `compare.json` and `texts.jsonl` into `output`.
+    """Compare, print the table, write `texts.jsonl` and `compare.json` into `output`.
 
     Args:
         model: directory or name of a causal LM, or of a peft adapter.
-        source: data whose prompts both answer; a prompt counts once.
-        base: the model that training began with; an adapter has its own.
-        scorers, thresholds: as `mopo train` takes them; what no scorer computes cannot be compared here.
-        asked: the thresholds of training where they were others than those that are wanted.
-        before: compare.json of earlier trials.
+        base: the model that training began with; None: the one that the adapter names.
+        scorers: as `mopo train` takes them; what no scorer computes cannot be compared here.
+        batch_size: texts drawn together, those of one prompt at least.
 
     Raises:
-        ValueError: no scorer, a threshold that no scorer computes, a model that is no adapter without `base`, no model
-            or no prompts where they are looked for, a file that is no compare.json.
+        ValueError: no scorer, a threshold that no scorer computes, a model that is no adapter without `base`, models of
+            two vocabularies, fewer than two prompts, a file that is no compare.json or of other circumstances.
     """
-    by_name = load_scorers(scorers)
-    if not by_name:
-        raise ValueError("no scorer: texts are compared by numbers computed from them; give --scorer, say brevity")
-    for name in thresholds:
-        if name not in by_name:
-            raise ValueError(f"no scorer computes {name}; the scorers are: {', '.join(by_name)}")
-    for name in asked:
-        if name not in thresholds:
-            raise ValueError(f"asked names {name}, which has no threshold; give what is wanted of it too")
-    prompts = load_prompts(source, split, max_prompts)
-    fingerprint = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    circumstances = {"base": base, "prompts": fingerprint, "drawing": asdict(how), "as_chat": as_chat}
-    trials = {name: [x for path in before for x in read_trials(path, name, circumstances)] for name in thresholds}
-    console = Console()
-    console.print(f"{model} against {base or 'its base'}: {len(prompts)} prompts × {how.samples} texts", soft_wrap=True)
-    ours, theirs = draw_both(model, base, prompts, how, as_chat=as_chat, dtype=dtype)
-    rows = compare(prompts, ours.texts, theirs.texts, by_name, thresholds)
-    for name, bound in thresholds.items():
-        row, trial = rows[name], Trial(asked.get(name, bound), rows[name]["mean"])
-        margin = (row["high"] - row["low"]) / (2 * NORMAL)
-        row |= {"asked": trial.asked, "advice": advice(bound, margin, [*trials[name], trial])}
-    console.print(table(rows))
-    for name in thresholds:
-        console.print(f"{name}: {rows[name]['advice']}", soft_wrap=True)
-    words = {"model": mean_words(ours.texts), "base": mean_words(theirs.texts)}
-    cut = {"model": ours.cut, "base": theirs.cut}
-    console.print(f"Words a text: {words['model']:.1f}, of the base {words['base']:.1f}.")
-    if max(cut.values()) > 0:
-        share = f"{cut['model']:.0%} of the model's texts and {cut['base']:.0%} of the base's"
-        console.print(f"{share} reached max_new_tokens={how.max_new_tokens} and break off there.", style="yellow")
-    found = {"model": model, **circumstances, "objectives": rows, "words": words, "cut": cut}
-    files = [
-        write_json(output / "compare.json", found),
-        write_texts(output / "texts.jsonl", prompts, ours.texts, theirs.texts),
-    ]
-    console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)
+    by_name = {name: checked(name, scorer) for name, scorer in load_scorers(scorers).items()}
+    _check_names(by_name, wanted)
+    adapter = find_adapter_config_file(model) is not None
+    began_as = base or _base_of(model, adapter)
+    tokenizer = load_tokenizer(model, began_as)
+    prompts = read_prompts(questions)
+    ids, prompts = prompt_tokens(prompts, tokenizer, questions)
+    for score in by_name.values():
+        score(plain_text(prompts[0]), "A text.")
+    circumstances = {
+        "base": began_as,
+        "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
+        "scorers": sorted(scorers),
+        "drawing": asdict(how),
+    }
+    trials: dict[str, list[Trial]] = {name: [] for name in wanted.thresholds}
+    for path in wanted.before:
+        for name, trial in read_trials(path, circumstances, list(wanted.thresholds)).items():
+            trials[name].append(trial)
+    output.mkdir(parents=True, exist_ok=True)
+
+    say = Console(markup=False, soft_wrap=True)
+    say.print(f"{model} against {began_as}: {len(prompts)} prompts × {how.samples} texts")
+    if adapter and base is None:
+        say.print("(the base that the adapter names; where training began with an adapter, give --base)", style="dim")
+    loaded = load_model(began_as, dtype)
+    try:
+        check_positions(loaded, max(map(len, ids)) + how.max_new_tokens)
+    except ValueError as error:
+        raise ValueError(f"max_new_tokens={how.max_new_tokens} behind the longest prompt: {error}") from None
+    theirs = draw(loaded, tokenizer, ids, how, how.seed + OTHER_STREAM, batch_size, "The base")
+    loaded = with_adapter(loaded, model) if adapter else load_model(model, dtype)
+    ours = draw(loaded, tokenizer, ids, how, how.seed, batch_size, "The model")
+    files = [write_texts(output / "texts.jsonl", prompts, ours.texts, theirs.texts)]
+
+    rows = compare(prompts, ours.texts, theirs.texts, by_name, wanted.thresholds)
+    for name, bound in wanted.thresholds.items():
+        trial = Trial(wanted.asked.get(name, bound), rows[name]["mean"])
+        rows[name]["asked"] = trial.asked
+        rows[name]["advice"] = advice(bound, rows[name]["standard_error"], [*trials[name], trial])
+    sides = {"model": ours.figures(), "base": theirs.figures()}
+    Console().print(table(rows))
+    for name in wanted.thresholds:
+        say.print(f"{name}: {rows[name]['advice']}")
+    _say_of_texts(say, sides, how)
+    if len(prompts) < FEW_PROMPTS:
+        say.print(f"{len(prompts)} prompts are few: their intervals are too narrow; take {FEW_PROMPTS}", style="yellow")
+    found = {"model": model, **circumstances, "objectives": rows, "texts": sides}
+    files.append(write_json(output / "compare.json", found))
+    say.print(f"Written: {', '.join(map(str, files))}")
     return 0
+
+
+def _check_names(scorers: Mapping[str, Scorer], wanted: Wanted) -> None:
+    if not scorers:
+        raise ValueError("no scorer: texts are compared by numbers computed from them; give --scorer, say brevity")
+    for name in wanted.thresholds:
+        if name not in scorers:
+            raise ValueError(f"no scorer computes {name}; the scorers are: {', '.join(scorers)}")
+    for name in wanted.asked:
+        if name not in wanted.thresholds:
+            raise ValueError(f"--asked names {name}, which has no threshold; give what is wanted of it too")
+    if wanted.before and not wanted.thresholds:
+        raise ValueError("--before without a threshold says nothing; give --threshold")
+
+
+def _say_of_texts(say: Console, sides: Mapping[str, Mapping[str, float]], how: Drawing) -> None:
+    ours, theirs = sides["model"], sides["base"]
+    say.print(f"Words a text: {ours['words']:.1f}, of the base {theirs['words']:.1f}.")
+    for what, hint in (
+        ("cut", f"reached max_new_tokens={how.max_new_tokens} and break off there; a larger one lets them end"),
+        ("empty", "are empty: to write nothing is brief, and no good text"),
+    ):
+        if max(ours[what], theirs[what]) > 0:
+            share = f"{ours[what]:.0%} of the model's texts, {theirs[what]:.0%} of the base's"
+            say.print(f"{share} {hint}.", style="yellow")
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
-def load_prompts(source: str, split: str, most: int | None) -> list[Text]:
-    """Prompts of any data that `mopo train` reads, or of a table with a column `prompt`, each once."""
-    rows = load_rows(source, split=split)
-    prompts: list[Text] = rows["prompt"] if "prompt" in rows.column_names else to_groups(rows)["prompt"]
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"{source}: prompt {index} is empty; leave the row out")
-    once = {json.dumps(prompt): prompt for prompt in prompts}
-    return list(once.values())[:most]
+def read_prompts(questions: Questions) -> list[Text]:
+    """The prompts of labelled rows as training reads them, or of a table that has nothing but a column `prompt`."""
+    rows = load_rows(questions.source, split=questions.split, on_bad_row=questions.on_bad_row)
+    if set(rows.column_names) <= {"prompt", "system"}:
+        rows = Dataset.from_list([row | _replies(row["prompt"]) for row in rows])
+    return to_groups(rows, adapter=questions.adapter, on_bad_row=questions.on_bad_row)["prompt"]
 
 
-def prompt_tokens(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> list[list[int]]:
-    """What the model sees when it is asked, as in training."""
-    tokenizing = Tokenizing.by(tokenizer, max_prompt_length=None, max_length=None, as_chat=as_chat)
-    found = []
-    for index, prompt in enumerate(prompts):
+def _replies(prompt: Any) -> dict[str, Any]:
+    """Replies that make a prompt a row."""
+    texts = {"chosen": ".", "rejected": ","}
+    if isinstance(prompt, str) or prompt is None:
+        return texts
+    return {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
+
+
+def prompt_tokens(
+    prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, questions: Questions
+) -> tuple[list[list[int]], list[Text]]:
+    """What a model sees when it is asked, as in training, each once; and the prompts that these are.
+
+    Raises:
+        DataError: a prompt that the tokenizer or its chat template refuses, fewer than two prompts.
+    """
+    tokenizing = Tokenizing.by(
+        tokenizer, max_prompt_length=questions.max_prompt_length, max_length=None, as_chat=questions.as_chat
+    )
+    found: dict[tuple[int, ...], Text] = {}
+    for prompt in prompts:
         reply: Text = "." if isinstance(prompt, str) else [{"role": "assistant", "content": "."}]
         try:
             ((ids, length),) = tokenizing.group(prompt, [reply])
         except DataError as error:
-            raise DataError(f"prompt {index}: {error}") from None
-        found.append(ids[:length])
-    return found
+            raise DataError(f"{questions.source}: prompt {plain_text(prompt)[:40]!r}: {error}") from None
+        found.setdefault(tuple(ids[:length]), prompt)
+    tokenizing.say()
+    chosen = list(found.items())[: questions.max_prompts]
+    if len(chosen) < 2:
+        number = f"{len(chosen)} prompt, which gives no interval"
+        raise DataError(f"{questions.source}: {number}; give at least 2, better {FEW_PROMPTS}")
+    return [list(ids) for ids, _ in chosen], [prompt for _, prompt in chosen]
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def _base_of(model: str, adapter: bool) -> str:
+    if not adapter:
+        raise ValueError(f"{model} is no adapter: give --base, the model that training began with")
+    from peft import PeftConfig  # optional dependency
+
+    named = PeftConfig.from_pretrained(model).base_model_name_or_path
+    if not named:
+        raise ValueError(f"{model}: its adapter_config.json names no base; give --base")
+    return named
+
+
+def _located(source: str) -> str:
+    if source != "smollm2":
+        return source
+    from mopo_trainer.commands.smollm import smollm2  # downloads and converts: only for those who ask
+
+    return str(smollm2())
+
+
+def load_tokenizer(model: str, base: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, whose vocabulary must be the base's."""
+    ours, theirs = (_load(AutoTokenizer, source) for source in (model, base))
+    if ours.get_vocab() != theirs.get_vocab():
+        raise ValueError(f"{base} has another vocabulary than {model}; give --base, the model that training began with")
+    return ours
+
+
+def load_model(source: str, dtype: str) -> Any:
+    model = _load(AutoModelForCausalLM, source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval()
+
+
+def with_adapter(model: Any, adapter: str) -> Any:
+    from peft import PeftModel  # optional dependency
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval()
+    except Exception as error:  # adapters of any kind
+        raise ValueError(f"{adapter} does not fit its base ({type(error).__name__}: {one_line(error)})") from error
+
+
+def _load(kind: Any, source: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(_located(source), **options)
+    except Exception as error:  # what a directory may hold raises anything
+        what = "model" if kind is AutoModelForCausalLM else "tokenizer"
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{source}: no such directory or name, or no {what} that can be read ({problem})") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -163,46 +299,9 @@ class Drawn(NamedTuple):
     texts: Texts
     cut: float
 
-
-def draw_both(
-    model: str, base: str | None, prompts: Sequence[Text], how: Drawing, *, as_chat: bool, dtype: str
-) -> tuple[Drawn, Drawn]:
-    """Texts of the model and of its base, which is loaded after it or is the model without its adapter."""
-    loaded, tokenizer = load(model, dtype)
-    ids = prompt_tokens(prompts, tokenizer, as_chat)
-    is_adapter = hasattr(loaded, "disable_adapter")
-    if base is None and not is_adapter:
-        raise ValueError(f"{model} is no adapter: give --base, the model that training began with")
-    ours = draw(loaded, tokenizer, ids, how, "The model")
-    other = replace(how, seed=how.seed + 1)  # else texts that are compared would share their draws
-    if base is None:
-        with loaded.disable_adapter():
-            return ours, draw(loaded, tokenizer, ids, other, "Its base")
-    del loaded
-    loaded, tokenizer = load(base, dtype)
-    return ours, draw(loaded, tokenizer, prompt_tokens(prompts, tokenizer, as_chat), other, "Its base")
-
-
-def load(source: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a directory or name; an adapter on its base."""
-    if source == "smollm2":
-        from mopo_trainer.commands.smollm import smollm2  # downloads and converts: only for those who ask
-
-        source = str(smollm2())
-    kind: Any = AutoModelForCausalLM
-    if (Path(source) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM  # optional dependency
-
-        kind = AutoPeftModelForCausalLM
-    try:
-        model = kind.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{source}: no such directory, or no model in it ({reason})") from error
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model.eval(), tokenizer
+    def figures(self) -> dict[str, float]:
+        words = [len(text.split()) for samples in self.texts for text in samples]
+        return {"words": float(np.mean(words)), "empty": float(np.mean([not x for x in words])), "cut": self.cut}
 
 
 @torch.no_grad()
@@ -211,34 +310,36 @@ def draw(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     how: Drawing,
+    seed: int,
+    batch_size: int,
     description: str,
 ) -> Drawn:
-    """Texts from the distribution that `how` says; the model's own generation settings are its end tokens, no more."""
-    ends = end_tokens(model, tokenizer)
-    longest, most = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
-    if most is not None and longest + how.max_new_tokens > most:
-        raise ValueError(
-            f"a prompt has {longest} tokens: max_new_tokens={how.max_new_tokens} more are beyond the model's {most}; "
-            "lower it or leave the prompt out"
-        )
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    settings = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    model.generation_config = GenerationConfig(
-        **settings,
+    """Texts from the distribution that `how` says; the model's own generation settings give their end tokens alone."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ends, padding = end_tokens(inner, tokenizer), pad_token(inner, tokenizer)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=how.temperature,
+        top_k=how.top_k,
+        top_p=how.top_p,
         num_return_sequences=how.samples,
         max_new_tokens=how.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=padding,
     )
-    set_seed(how.seed)
+    model.generation_config = inner.generation_config = settings  # `generate` fills in what is not set from there
+    set_seed(seed)
     texts: Texts = []
     cut = 0
     with tqdm(total=len(prompts), desc=description) as bar:
-        for some in batches(prompts, max(1, how.batch_size // how.samples)):
+        for start in range(0, len(prompts), max(1, batch_size // how.samples)):
+            some = prompts[start : start + max(1, batch_size // how.samples)]
             longest = max(map(len, some))
-            ids = torch.tensor([[padding] * (longest - len(x)) + list(x) for x in some], device=model.device)
-            mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in some], device=model.device)
-            new = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
+            ids = torch.tensor([[padding] * (longest - len(x)) + list(x) for x in some], device=inner.device)
+            mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in some], device=inner.device)
+            new = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
+            if len(new) != len(some) * how.samples:
+                raise ValueError(f"{type(model).__name__} drew {len(new)} texts, not {len(some)} × {how.samples}")
             cut += sum(not set(x) & set(ends) for x in new)
             decoded = [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
             texts += [decoded[i : i + how.samples] for i in range(0, len(decoded), how.samples)]
@@ -247,17 +348,17 @@ def draw(
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a reply: the tokenizer's EOS and those of the model's generation settings."""
+    """What ends a reply: EOS, the ends of the model's generation settings, what the chat template writes behind it."""
     theirs = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "."}], [[{"role": "assistant", "content": "."}]]
+        ((ids, _),) = Tokenizing.by(tokenizer, max_prompt_length=None, max_length=None).group(*chat)
+        ends += [x for x in ids[-1:] if x in tokenizer.all_special_ids]
     found = list(dict.fromkeys(x for x in ends if x is not None))
     if not found:
         raise ValueError("neither the tokenizer nor the model's generation_config names an end token; set eos_token")
     return found
-
-
-def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
-    return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -266,78 +367,99 @@ def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Se
 def compare(
     prompts: Sequence[Text], ours: Texts, theirs: Texts, scorers: Mapping[str, Scorer], thresholds: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Objective → win rate with its interval, its threshold and whether it is met."""
+    """Objective → win rate, its interval and standard error over prompts, its threshold and whether it is met."""
     rates = sampled_win_rates([plain_text(prompt) for prompt in prompts], ours, theirs, scorers)
     rows = {}
     for name, values in rates.items():
         interval, bound = bootstrap_interval(values), thresholds.get(name)
-        rows[name] = interval._asdict() | {"threshold": bound, "verdict": verdict(interval, bound)}
+        rows[name] = interval._asdict() | {
+            "standard_error": float(values.std(ddof=1) / math.sqrt(len(values))),
+            "threshold": bound,
+            "verdict": verdict(interval, bound),
+        }
     return rows
 
 
-def advice(bound: float, margin: float, trials: Sequence[Trial]) -> str:
+def advice(bound: float, error: float, trials: Sequence[Trial]) -> str:
     """What to ask the labels next, from the trials so far, the last one being that of now.
 
     Args:
         bound: the win rate that is wanted.
-        margin: a standard error of what was written.
+        error: a standard error of what was written.
     """
     asked, written = trials[-1]
-    aim = bound + margin
-    if written >= aim:
-        return f"held by more than a standard error, {margin:.3f}: nothing to ask again."
-    found = "held by less than a standard error" if written >= bound else f"missed by {bound - written:.3f}"
-    (a, w), *others = sorted(set(trials), key=lambda trial: abs(trial.written - aim))
-    other = next((trial for trial in others if trial.asked != a), None)
-    if other is None:
+    aim, held = min(1.0, bound + error), written >= bound + error
+    found = f"missed by {bound - written:.3f}"
+    if written >= bound:
+        found = f"held by {'more' if held else 'less'} than a standard error ({error:.3f})"
+    pair = around(aim, trials)
+    if pair is None:
+        if held:
+            return f"{found}; nothing to ask again."
+        if asked >= 1:
+            return f"{found}, and more than 1 cannot be asked: train longer, or on larger groups."
         return (
             f"{found}. Train once more, asking the labels for more than {asked:g}, and give this compare.json as "
             "--before: the line between two trials says what to ask."
         )
-    a2, w2 = other
-    line = f"the line between {a:g}, written {w:.3f}, and {a2:g}, written {w2:.3f}"
-    if (a2 - a) * (w2 - w) <= 0:
-        return f"{found}. {line.capitalize()}, does not rise: ask for more, or train longer."
+    (a, w), (a2, w2) = pair
+    line = f"the line between {a:g} (written {w:.3f}) and {a2:g} ({w2:.3f})"
+    if abs(w2 - w) <= 2 * math.sqrt(2) * error:
+        return f"{found}. Asked {a:g} and {a2:g}, it writes {w:.3f} and {w2:.3f}, as chance may: try one farther away."
+    if (a2 - a) * (w2 - w) < 0:
+        return f"{found}. {line[0].upper()}{line[1:]} falls: what is asked does not move it; train longer."
     needed = a + (aim - w) * (a2 - a) / (w2 - w)
-    if not 0 < needed < 1:
-        return f"{found}. By {line}, no threshold is enough: train longer, or on larger groups."
-    return f"{found}. Ask the labels for {needed:.3f}, by {line}."
+    if needed > 1 - 1e-6:
+        return f"{found}. By {line} no threshold is enough: train longer, or on larger groups."
+    beyond = "" if min(w, w2) <= aim <= max(w, w2) else ", beyond both"
+    if held:
+        return f"{found}; {max(needed, 0):.3f} would have been enough, by {line}{beyond}."
+    return f"{found}. Ask the labels for {max(needed, 0):.3f}, by {line}{beyond}."
 
 
-def read_trials(path: Path, objective: str, circumstances: Mapping[str, Any]) -> list[Trial]:
-    """The trial of an earlier compare.json, if it had a threshold on the objective.
+def around(aim: float, trials: Sequence[Trial]) -> tuple[Trial, Trial] | None:
+    """The nearest trials written on both sides of the aim, or the two nearest; None if all asked the same."""
+    nearest = sorted(set(trials), key=lambda trial: abs(trial.written - aim))
+    first = nearest[0]
+    others = [trial for trial in nearest if trial.asked != first.asked]
+    if not others:
+        return None
+    return first, next((x for x in others if (x.written - aim) * (first.written - aim) <= 0), others[0])
+
+
+def read_trials(path: Path, circumstances: Mapping[str, Any], names: Sequence[str]) -> dict[str, Trial]:
+    """The trials of an earlier compare.json, by objective.
 
     Raises:
-        ValueError: not such a file, or its texts were drawn under other circumstances.
+        ValueError: not such a file, none of these objectives had a threshold there, or base, prompts, scorers or
+            drawing were others.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        row = found["objectives"].get(objective, {})
-        trials = [Trial(float(row["asked"]), float(row["mean"]))] if "asked" in row else []
-        differs = [name for name, value in circumstances.items() if found[name] != value]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"--before {path}: not a compare.json that mopo compare wrote ({error!r})") from None
-    if differs:
-        was, now = found[differs[0]], circumstances[differs[0]]
-        raise ValueError(f"--before {path}: {differs[0]} was {was} and is {now} now; compare like with like")
+        rows = {name: row for name, row in found["objectives"].items() if name in names and "asked" in row}
+        trials = {name: Trial(float(row["asked"]), float(row["mean"])) for name, row in rows.items()}
+        differ = [name for name, value in circumstances.items() if found[name] != value]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"--before {path}: not a compare.json of mopo compare ({one_line(error)})") from None
+    if differ:
+        raise ValueError(f"--before {path}: its {' and '.join(differ)} were others; compare like with like")
+    if not trials:
+        raise ValueError(f"--before {path}: no threshold on {' or '.join(names)}; leave it out")
+    if not all(0 <= x <= 1 for trial in trials.values() for x in trial):
+        raise ValueError(f"--before {path}: win rates outside [0, 1]; was it edited?")
     return trials
-
-
-def mean_words(texts: Texts) -> float:
-    lengths = [len(text.split()) for samples in texts for text in samples]
-    return sum(lengths) / len(lengths)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     found = new_table("Win rate against the base", "objective", "win rate", "95% interval", "threshold", "asked")
     for name, row in rows.items():
-        bound, was_asked = row["threshold"], row.get("asked")
+        bound, asked = row["threshold"], row.get("asked")
         found.add_row(
-            name,
+            escape(name),
             f"{row['mean']:.3f} {MARKS[row['verdict']]}",
             f"{row['low']:.3f} – {row['high']:.3f}",
             "–" if bound is None else f"{bound:g}",
-            "–" if was_asked is None else f"{was_asked:g}",
+            "–" if asked is None else f"{asked:g}",
         )
     found.caption = MARKS_EXPLAINED
     return found

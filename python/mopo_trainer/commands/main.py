@@ -234,8 +234,8 @@ def _add_compare(commands: Any) -> None:
         epilog=COMPARE_EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help="directory or hub name of a causal LM or a peft adapter")
-    parser.add_argument("file", metavar="FILE", help="data with the prompts to answer (as `mopo train` reads them)")
-    parser.add_argument("--base", metavar="MODEL", help="what training began with (an adapter has its own)")
+    parser.add_argument("file", metavar="FILE", help="data with the prompts to answer, or a table of prompts alone")
+    parser.add_argument("--base", metavar="MODEL", help="what training began with (default: what the adapter names)")
     _add_scorer(parser)
     _add_threshold(parser)
     parser.add_argument(
@@ -248,28 +248,19 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--before", action="append", default=[], type=Path, metavar="JSON", help="compare.json of an earlier trial"
     )
-    parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
-    parser.add_argument(
-        "--max-prompts", "--max_prompts", type=_positive, metavar="N", help="the first so many prompts (default: all)"
-    )
+    _add_reading(parser)
+    parser.add_argument("--max-prompts", "--max_prompts", type=_positive, metavar="N", help="the first so many prompts")
     parser.add_argument(
         "--as-chat", "--as_chat", action="store_true", help="plain prompts are a user's messages, as in training"
     )
-    parser.add_argument("--samples", type=_positive, default=4, metavar="N", help="texts of each a prompt (default 4)")
-    parser.add_argument(
-        "--max-new-tokens", "--max_new_tokens", type=_positive, default=256, metavar="N", help="default 256"
-    )
-    parser.add_argument("--temperature", type=_above_zero, default=1.0, metavar="T", help="default 1")
-    parser.add_argument("--top-p", "--top_p", type=_top_p, default=1.0, metavar="P", help="default 1: nothing cut off")
-    parser.add_argument(
-        "--batch-size",
-        "--batch_size",
-        type=_positive,
-        default=32,
-        metavar="N",
-        help="texts drawn at once (default 32)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default 0)")
+    _add_number(parser, "max-prompt-length", _positive, 512, "tokens per prompt, cut from the left as in training")
+    _add_number(parser, "samples", _positive, 4, "texts of each model a prompt")
+    _add_number(parser, "max-new-tokens", _positive, 256, "tokens per text")
+    _add_number(parser, "temperature", _above_zero, 1.0, "how texts are drawn")
+    _add_number(parser, "top-k", _whole, 0, "from so many tokens; 0: from all")
+    _add_number(parser, "top-p", _top_p, 1.0, "from the tokens of so much probability")
+    _add_number(parser, "batch-size", _positive, 32, "texts drawn together")
+    _add_number(parser, "seed", _whole, 0, "random seed")
     dtypes = ["float32", "bfloat16", "float16", "auto"]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="type of the weights (default float32)")
     _add_output(parser, "runs/compare", "compare.json and texts.jsonl")
@@ -343,6 +334,21 @@ def _add_label_options(parser: Parser) -> None:
         metavar="S",
         help="P = sigmoid(rating difference / S) instead of 1, 1/2, 0",
     )
+    _add_reading(parser)
+    parser.add_argument(
+        "--preferred",
+        default="preferred",
+        metavar="NAME",
+        help="name of the objective that chosen wins in rows without preference (default preferred)",
+    )
+
+
+def _add_number(parser: Parser, name: str, kind: Callable[[str], Any], default: float, what: str) -> None:
+    names = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+    parser.add_argument(*names, type=kind, default=default, metavar="N", help=f"{what} (default {default:g})")
+
+
+def _add_reading(parser: Parser) -> None:
     parser.add_argument("--split", default="train", metavar="NAME", help="split of a directory or hub dataset")
     parser.add_argument(
         "--on-bad-row",
@@ -353,12 +359,6 @@ def _add_label_options(parser: Parser) -> None:
     )
     known = f"read FILE as this public data set, not by its columns: {', '.join(ADAPTER_NAMES)}; none"
     parser.add_argument("--adapter", metavar="NAME", help=known)
-    parser.add_argument(
-        "--preferred",
-        default="preferred",
-        metavar="NAME",
-        help="name of the objective that chosen wins in rows without preference (default preferred)",
-    )
 
 
 def _add_threshold(parser: Parser) -> None:
@@ -404,6 +404,12 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return number
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^31 - 1")
+    return int(text)
 
 
 def _top_p(text: str) -> float:
@@ -475,21 +481,22 @@ def _label_problem(args: argparse.Namespace) -> Any:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    thresholds, asked = parse_thresholds(args.threshold), parse_thresholds(args.asked)
-    from mopo_trainer.commands.compare import Drawing, run_compare
+    thresholds = parse_thresholds(args.threshold)
+    try:
+        asked = parse_thresholds(args.asked)
+    except ValueError as error:
+        raise ValueError(f"--asked: {error}") from None
+    from mopo_trainer.commands.compare import Drawing, Questions, Wanted, run_compare
 
+    reading = (args.split, args.adapter, args.on_bad_row, args.max_prompts, args.as_chat, args.max_prompt_length)
     return run_compare(
         args.model,
-        args.file,
+        Questions(args.file, *reading),
+        Wanted(thresholds, asked, args.before),
+        Drawing(args.samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed),
         base=args.base,
         scorers=args.scorer,
-        thresholds=thresholds,
-        asked=asked,
-        before=args.before,
-        how=Drawing(args.samples, args.max_new_tokens, args.temperature, args.top_p, args.batch_size, args.seed),
-        split=args.split,
-        max_prompts=args.max_prompts,
-        as_chat=args.as_chat,
+        batch_size=args.batch_size,
         dtype=args.dtype,
         output=args.output,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mopo_kernels.objective.labels import win_rate_from_comparisons
-from mopo_trainer.data.scorers import Scorer
-from mopo_trainer.data.sources import DataError, one_line
+from mopo_trainer.data.scorers import Scorer, checked
+from mopo_trainer.data.sources import DataError
 from mopo_trainer.data.texts import Text, plain_text
 from mopo_trainer.names import it_has
 
@@ -158,20 +157,14 @@ def _count_wins(comparisons: FloatArray, num_responses: int) -> FloatArray:
 
 
 def _score(groups: list[Group], name: str, function: Scorer) -> FloatArray:
-    scores = []
+    scores, score = [], checked(name, function)
     for number, group in enumerate(groups):
         prompt = plain_text(group.prompt)
         for index, response in enumerate(group.responses):
             try:
-                score = float(function(prompt, plain_text(response)))
-            except Exception as error:  # the scorer is the user's code, which may raise anything
-                problem = f"{type(error).__name__}: {one_line(error)}"
-                raise DataError(f"group {number}, response {index}: scorer {name!r} failed ({problem})") from error
-            if not math.isfinite(score):
-                raise DataError(
-                    f"group {number}, response {index}: scorer {name!r} returned {score}; return a finite number"
-                )
-            scores.append(score)
+                scores.append(score(prompt, plain_text(response)))
+            except DataError as error:
+                raise DataError(f"group {number}, response {index}: {error}") from error.__cause__
     return np.array(scores)
 
 

@@ -6,6 +6,7 @@ Compared within a group the numbers become preferences, ties 1/2, so only their 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import sys
@@ -46,6 +47,21 @@ def _vader() -> SentimentIntensityAnalyzer:
 
 
 BUILT_IN: dict[str, Scorer] = {scorer.__name__: scorer for scorer in (brevity, friendliness, plain_language)}
+
+
+def checked(name: str, scorer: Scorer) -> Scorer:
+    """A scorer whose failures and whose values that are no finite numbers are DataErrors that name it."""
+
+    def score(prompt: str, response: str) -> float:
+        try:
+            value = float(scorer(prompt, response))
+        except Exception as error:  # the scorer is the user's code, which may raise anything
+            raise DataError(f"scorer {name!r} failed ({type(error).__name__}: {one_line(error)})") from error
+        if not math.isfinite(value):
+            raise DataError(f"scorer {name!r} returned {value}; return a finite number")
+        return value
+
+    return score
 
 
 def scorer(spec: str) -> tuple[str, Scorer]:
