@@ -337,7 +337,7 @@ def draw(
             longest = max(map(len, some))
             ids = torch.tensor([[padding] * (longest - len(x)) + list(x) for x in some], device=inner.device)
             mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in some], device=inner.device)
-            new = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
+            new = model.generate(input_ids=ids, attention_mask=mask)[:, longest:].tolist()
             if len(new) != len(some) * how.samples:
                 raise ValueError(f"{type(model).__name__} drew {len(new)} texts, not {len(some)} × {how.samples}")
             cut += sum(not set(x) & set(ends) for x in new)

@@ -79,6 +79,8 @@ def test_an_adapter_stands_against_the_base_that_it_names(capsys, adapter, base,
     run(capsys, adapter, prompts, "--base", base, *OPTIONS, "--output", tmp_path / "b")
     rows = drawn(tmp_path / "a")
     assert rows == drawn(tmp_path / "b")
+    assert "<|" not in str(rows)
+    assert json.loads((tmp_path / "a" / "compare.json").read_text())["base"] == str(base)
     assert [row["prompt"] for row in rows] == ["Question 0?", "Question 1?", "Question 2?"]
     assert all(len(row["model"]) == len(row["base"]) == 3 for row in rows)
     run(capsys, base, prompts, "--base", base, *OPTIONS, "--output", tmp_path / "c")
