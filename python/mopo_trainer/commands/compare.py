@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,6 +40,7 @@ from mopo_trainer.report.tables import MARKS, MARKS_EXPLAINED, new_table
 from mopo_trainer.training.fit import check_positions, pad_token
 
 OTHER_STREAM = 2**31  # added to the seed of the base: texts that are compared must not share their draws
+DIFFER = 2 * math.sqrt(2)  # standard errors between two win rates that differ by more than chance
 FEW_PROMPTS = 20  # below it, bootstrap intervals over prompts are too narrow
 
 Texts = list[list[str]]  # [prompt][sample]
@@ -103,7 +103,7 @@ def run_compare(
 
     Args:
         model: directory or name of a causal LM, or of a peft adapter.
-        base: the model that training began with; None: the one that the adapter names.
+        base: the model or adapter that training began with; None: the base that the adapter names.
         scorers: as `mopo train` takes them; what no scorer computes cannot be compared here.
         batch_size: texts drawn together, those of one prompt at least.
 
@@ -113,19 +113,24 @@ def run_compare(
     """
     by_name = {name: checked(name, scorer) for name, scorer in load_scorers(scorers).items()}
     _check_names(by_name, wanted)
-    adapter = find_adapter_config_file(model) is not None
-    began_as = base or _base_of(model, adapter)
-    tokenizer = load_tokenizer(model, began_as)
+    tokenizer = _load(AutoTokenizer, model)
+    began_as = base or base_of(model)
+    if began_as is None:
+        raise ValueError(f"{model} is no adapter: give --base, the model that training began with")
+    if tokenizer.get_vocab() != _load(AutoTokenizer, began_as).get_vocab():
+        raise ValueError(f"{began_as} has another vocabulary than {model}; give --base, what training began with")
     prompts = read_prompts(questions)
     ids, prompts = prompt_tokens(prompts, tokenizer, questions)
     for score in by_name.values():
         score(plain_text(prompts[0]), "A text.")
     circumstances = {
-        "base": began_as,
+        "base": str(Path(began_as).resolve()) if Path(began_as).exists() else began_as,
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "scorers": sorted(scorers),
-        "drawing": asdict(how),
+        "drawing": asdict(how) | {"dtype": dtype},
     }
+    if (output / "compare.json").resolve() in [path.resolve() for path in wanted.before]:
+        raise ValueError(f"--before {output / 'compare.json'} would be overwritten; give another --output")
     trials: dict[str, list[Trial]] = {name: [] for name in wanted.thresholds}
     for path in wanted.before:
         for name, trial in read_trials(path, circumstances, list(wanted.thresholds)).items():
@@ -134,16 +139,15 @@ def run_compare(
 
     say = Console(markup=False, soft_wrap=True)
     say.print(f"{model} against {began_as}: {len(prompts)} prompts × {how.samples} texts")
-    if adapter and base is None:
-        say.print("(the base that the adapter names; where training began with an adapter, give --base)", style="dim")
-    loaded = load_model(began_as, dtype)
-    try:
-        check_positions(loaded, max(map(len, ids)) + how.max_new_tokens)
-    except ValueError as error:
-        raise ValueError(f"max_new_tokens={how.max_new_tokens} behind the longest prompt: {error}") from None
-    theirs = draw(loaded, tokenizer, ids, how, how.seed + OTHER_STREAM, batch_size, "The base")
-    loaded = with_adapter(loaded, model) if adapter else load_model(model, dtype)
-    ours = draw(loaded, tokenizer, ids, how, how.seed, batch_size, "The model")
+    if base is None:
+        say.print("(the base that the adapter names; where training began otherwise, give --base)", style="dim")
+    theirs, ours = (
+        draw(load(source, dtype), tokenizer, ids, how, seed, batch_size, description)
+        for source, seed, description in (
+            (began_as, how.seed + OTHER_STREAM, "The base"),
+            (model, how.seed, "The model"),
+        )
+    )
     files = [write_texts(output / "texts.jsonl", prompts, ours.texts, theirs.texts)]
 
     rows = compare(prompts, ours.texts, theirs.texts, by_name, wanted.thresholds)
@@ -196,16 +200,16 @@ def read_prompts(questions: Questions) -> list[Text]:
     """The prompts of labelled rows as training reads them, or of a table that has nothing but a column `prompt`."""
     rows = load_rows(questions.source, split=questions.split, on_bad_row=questions.on_bad_row)
     if set(rows.column_names) <= {"prompt", "system"}:
-        rows = Dataset.from_list([row | _replies(row["prompt"]) for row in rows])
-    return to_groups(rows, adapter=questions.adapter, on_bad_row=questions.on_bad_row)["prompt"]
-
-
-def _replies(prompt: Any) -> dict[str, Any]:
-    """Replies that make a prompt a row."""
-    texts = {"chosen": ".", "rejected": ","}
-    if isinstance(prompt, str) or prompt is None:
-        return texts
-    return {name: [{"role": "assistant", "content": text}] for name, text in texts.items()}
+        replies: dict[str, Text] = {"chosen": ".", "rejected": ","}  # they make a prompt a row
+        if any(isinstance(row["prompt"], list) for row in rows):
+            replies = {name: [{"role": "assistant", "content": text}] for name, text in replies.items()}
+        rows = [row | replies for row in rows]
+    try:
+        groups = to_groups(rows, adapter=questions.adapter, on_bad_row=questions.on_bad_row)
+    except DataError as error:
+        where = "" if questions.source in str(error) else f"{questions.source}: "
+        raise DataError(f"{where}{error}") from None
+    return groups["prompt"]
 
 
 def prompt_tokens(
@@ -221,7 +225,7 @@ def prompt_tokens(
     )
     found: dict[tuple[int, ...], Text] = {}
     for prompt in prompts:
-        reply: Text = "." if isinstance(prompt, str) else [{"role": "assistant", "content": "."}]
+        reply: Text = " ." if isinstance(prompt, str) else [{"role": "assistant", "content": "."}]
         try:
             ((ids, length),) = tokenizing.group(prompt, [reply])
         except DataError as error:
@@ -238,14 +242,15 @@ def prompt_tokens(
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def _base_of(model: str, adapter: bool) -> str:
-    if not adapter:
-        raise ValueError(f"{model} is no adapter: give --base, the model that training began with")
+def base_of(source: str) -> str | None:
+    """The base that an adapter names; None for a whole model."""
+    if find_adapter_config_file(_located(source)) is None:
+        return None
     from peft import PeftConfig  # optional dependency
 
-    named = PeftConfig.from_pretrained(model).base_model_name_or_path
+    named = PeftConfig.from_pretrained(source).base_model_name_or_path
     if not named:
-        raise ValueError(f"{model}: its adapter_config.json names no base; give --base")
+        raise ValueError(f"{source}: its adapter_config.json names no base")
     return named
 
 
@@ -257,28 +262,21 @@ def _located(source: str) -> str:
     return str(smollm2())
 
 
-def load_tokenizer(model: str, base: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, whose vocabulary must be the base's."""
-    ours, theirs = (_load(AutoTokenizer, source) for source in (model, base))
-    if ours.get_vocab() != theirs.get_vocab():
-        raise ValueError(f"{base} has another vocabulary than {model}; give --base, the model that training began with")
-    return ours
+def load(source: str, dtype: str) -> Any:
+    """A model; an adapter on the base that it names."""
+    named = base_of(source)
+    model = _load(AutoModelForCausalLM, named or source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    if named:
+        from peft import PeftModel  # optional dependency
 
-
-def load_model(source: str, dtype: str) -> Any:
-    model = _load(AutoModelForCausalLM, source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        try:
+            model = PeftModel.from_pretrained(model, source)
+        except Exception as error:  # adapters of any kind
+            problem = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"{source}: no weights there, or none that fit its base {named} ({problem})") from error
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model.eval()
-
-
-def with_adapter(model: Any, adapter: str) -> Any:
-    from peft import PeftModel  # optional dependency
-
-    try:
-        return PeftModel.from_pretrained(model, adapter).eval()
-    except Exception as error:  # adapters of any kind
-        raise ValueError(f"{adapter} does not fit its base ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _load(kind: Any, source: str, **options: Any) -> Any:
@@ -317,6 +315,12 @@ def draw(
     """Texts from the distribution that `how` says; the model's own generation settings give their end tokens alone."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     ends, padding = end_tokens(inner, tokenizer), pad_token(inner, tokenizer)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    longest = max(map(len, prompts)) + virtual + how.max_new_tokens
+    try:
+        check_positions(inner, longest)
+    except ValueError as error:
+        raise ValueError(f"--max-new-tokens {how.max_new_tokens} behind the longest prompt: {error}") from None
     settings = GenerationConfig(
         do_sample=True,
         temperature=how.temperature,
@@ -388,33 +392,47 @@ def advice(bound: float, error: float, trials: Sequence[Trial]) -> str:
         error: a standard error of what was written.
     """
     asked, written = trials[-1]
-    aim, held = min(1.0, bound + error), written >= bound + error
-    found = f"missed by {bound - written:.3f}"
-    if written >= bound:
-        found = f"held by {'more' if held else 'less'} than a standard error ({error:.3f})"
-    pair = around(aim, trials)
-    if pair is None:
-        if held:
+    aim, pair = min(1.0, bound + error), around(min(1.0, bound + error), trials)
+    if written > bound + error or written == 1:
+        found = f"held by more than a standard error ({error:.3f})"
+        if pair is None or not is_line(pair, error) or not pair[0].written > aim > pair[1].written:
             return f"{found}; nothing to ask again."
+        return f"{found}; {on_the_line(pair, aim):.3f} would have been enough, by {line(pair)}."
+    found = f"held by no more than a standard error ({error:.3f})"
+    if written < bound:
+        found = f"missed by {bound - written:.3f}"
+    if pair is None:
         if asked >= 1:
             return f"{found}, and more than 1 cannot be asked: train longer, or on larger groups."
         return (
             f"{found}. Train once more, asking the labels for more than {asked:g}, and give this compare.json as "
             "--before: the line between two trials says what to ask."
         )
+    if not is_line(pair, error):
+        (a, w), (a2, w2) = pair
+        what = "as chance may" if abs(w2 - w) <= DIFFER * error else "against what was asked: something else differs"
+        return f"{found}. Asked {a:g} and {a2:g}, it writes {w:.3f} and {w2:.3f}, {what}; try a threshold farther away."
+    needed = on_the_line(pair, aim)
+    if not 0 <= needed <= 1 - 1e-6:
+        return f"{found}. By {line(pair)} no threshold is enough: train longer, or on larger groups."
+    beyond = "" if min(w for _, w in pair) <= aim <= max(w for _, w in pair) else ", beyond both"
+    return f"{found}. Ask the labels for {needed:.3f}, by {line(pair)}{beyond}."
+
+
+def is_line(pair: tuple[Trial, Trial], error: float) -> bool:
+    """Whether what was written rises with what was asked, by more than chance."""
     (a, w), (a2, w2) = pair
-    line = f"the line between {a:g} (written {w:.3f}) and {a2:g} ({w2:.3f})"
-    if abs(w2 - w) <= 2 * math.sqrt(2) * error:
-        return f"{found}. Asked {a:g} and {a2:g}, it writes {w:.3f} and {w2:.3f}, as chance may: try one farther away."
-    if (a2 - a) * (w2 - w) < 0:
-        return f"{found}. {line[0].upper()}{line[1:]} falls: what is asked does not move it; train longer."
-    needed = a + (aim - w) * (a2 - a) / (w2 - w)
-    if needed > 1 - 1e-6:
-        return f"{found}. By {line} no threshold is enough: train longer, or on larger groups."
-    beyond = "" if min(w, w2) <= aim <= max(w, w2) else ", beyond both"
-    if held:
-        return f"{found}; {max(needed, 0):.3f} would have been enough, by {line}{beyond}."
-    return f"{found}. Ask the labels for {max(needed, 0):.3f}, by {line}{beyond}."
+    return abs(w2 - w) > DIFFER * error and (a2 - a) * (w2 - w) > 0
+
+
+def on_the_line(pair: tuple[Trial, Trial], aim: float) -> float:
+    (a, w), (a2, w2) = pair
+    return a + (aim - w) * (a2 - a) / (w2 - w)
+
+
+def line(pair: tuple[Trial, Trial]) -> str:
+    (a, w), (a2, w2) = sorted(pair)
+    return f"the line between {a:g} (written {w:.3f}) and {a2:g} ({w2:.3f})"
 
 
 def around(aim: float, trials: Sequence[Trial]) -> tuple[Trial, Trial] | None:
@@ -442,7 +460,7 @@ def read_trials(path: Path, circumstances: Mapping[str, Any], names: Sequence[st
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"--before {path}: not a compare.json of mopo compare ({one_line(error)})") from None
     if differ:
-        raise ValueError(f"--before {path}: its {' and '.join(differ)} were others; compare like with like")
+        raise ValueError(f"--before {path}: not the same {' and '.join(differ)} as now; compare like with like")
     if not trials:
         raise ValueError(f"--before {path}: no threshold on {' or '.join(names)}; leave it out")
     if not all(0 <= x <= 1 for trial in trials.values() for x in trial):
@@ -461,7 +479,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
             "–" if bound is None else f"{bound:g}",
             "–" if asked is None else f"{asked:g}",
         )
-    found.caption = MARKS_EXPLAINED
+    if any(row["threshold"] is not None for row in rows.values()):
+        found.caption = MARKS_EXPLAINED
     return found
 
 

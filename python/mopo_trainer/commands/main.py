@@ -79,7 +79,7 @@ COMPARE_EXAMPLES = """\
 examples:
   mopo compare runs/first held_out.jsonl --scorer brevity --threshold brevity=0.6
                                 an adapter against its base, on the prompts of these rows
-  mopo compare runs/full held_out.jsonl --base path/to/model --scorer brevity --scorer polite=my_scorers:politeness
+  mopo compare runs/full held_out.jsonl --base path/to/model --scorer polite=my_scorers:politeness --output runs/polite
                                 a whole model; every scorer is an objective
   mopo compare runs/second held_out.jsonl --scorer brevity --threshold brevity=0.6 --asked brevity=0.7 \\
       --before runs/compare/compare.json --output runs/compare-2

@@ -2,15 +2,16 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig
 
 from mopo_trainer.commands import compare
-from mopo_trainer.commands.compare import Drawing, Questions, Trial, advice, end_tokens, load_model, read_prompts
+from mopo_trainer.commands.compare import Drawing, Questions, Trial, advice, end_tokens, load, read_prompts
 from mopo_trainer.commands.main import main
 from mopo_trainer.data import DataError
 
@@ -36,7 +37,7 @@ def adapter(base, tokenizer, tmp_path):
     """A directory with an adapter that moves the base's logits."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(load_model(str(base), "float32"), config).save_pretrained(tmp_path / "adapter")
+    get_peft_model(load(str(base), "float32"), config).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -109,6 +110,18 @@ def test_the_file_holds_the_win_rates_of_the_texts(capsys, adapter, prompts, tmp
     assert "3 prompts are few" in out
 
 
+def test_an_adapter_stands_on_its_own_base_whatever_it_is_compared_with(adapter, base, tokenizer, tmp_path):
+    """One that goes on from another adapter is not put on top of that."""
+    other = load(str(base), "float32")
+    get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(
+        tmp_path / "more"
+    )
+    ids = torch.tensor(tokens(["a", "b"], tokenizer))
+    alone = PeftModel.from_pretrained(load(str(base), "float32"), tmp_path / "more")(ids).logits
+    assert torch.equal(load(str(tmp_path / "more"), "float32")(ids).logits, alone)
+    assert not torch.equal(load(str(adapter), "float32")(ids).logits, alone)
+
+
 def test_the_same_model_draws_other_texts_on_its_two_sides(capsys, base, prompts, tmp_path):
     """Texts that are compared must not share their draws: the win rate of a coupled pair is another one."""
     run(capsys, base, prompts, "--base", base, *OPTIONS, "--temperature", 9, "--output", tmp_path)
@@ -133,7 +146,7 @@ def test_options_reach_the_drawing(capsys, base, prompts, tmp_path):
 
 
 def test_the_model_s_own_settings_do_not_count(base, tokenizer):
-    model, asked = load_model(str(base), "float32"), ["a", "a longer prompt"]
+    model, asked = load(str(base), "float32"), ["a", "a longer prompt"]
     plain = draw(model, tokenizer, asked, HOW)
     model.generation_config = GenerationConfig(
         do_sample=False, top_k=1, repetition_penalty=5.0, min_new_tokens=6, eos_token_id=tokenizer.eos_token_id
@@ -142,7 +155,7 @@ def test_the_model_s_own_settings_do_not_count(base, tokenizer):
 
 
 def test_a_batch_of_prompts_is_answered_as_each_alone(base, tokenizer):
-    model, asked = load_model(str(base), "float32"), ["a", "bc", "a longer prompt", "def"]
+    model, asked = load(str(base), "float32"), ["a", "bc", "a longer prompt", "def"]
     together, alone = (draw(model, tokenizer, asked, COLD, batch_size=size) for size in (4, 1))
     assert together == alone
     assert len({text for (text,) in together.texts}) >= 3
@@ -150,7 +163,7 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(base, tokenizer):
 
 def test_draws_are_from_the_model_s_distribution(base, tokenizer, monkeypatch):
     """The first token against the softmax."""
-    model = load_model(str(base), "float32")
+    model = load(str(base), "float32")
     (ids,) = compare.prompt_tokens(["b", "c"], tokenizer, Questions("", max_prompts=None))[0][:1]
     expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
     generated = []
@@ -171,8 +184,8 @@ def test_an_adapter_s_texts_are_those_of_its_forward(base, tokenizer, kind, tmp_
         "LoRA": LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"),
         "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     }[kind]
-    get_peft_model(load_model(str(base), "float32"), config).save_pretrained(tmp_path / "kind")
-    model = compare.with_adapter(load_model(str(base), "float32"), str(tmp_path / "kind"))
+    get_peft_model(load(str(base), "float32"), config).save_pretrained(tmp_path / "kind")
+    model = load(str(tmp_path / "kind"), "float32")
     asked = ["a", "a longer prompt"]
     expected = []
     for ids in tokens(asked, tokenizer):
@@ -185,7 +198,7 @@ def test_an_adapter_s_texts_are_those_of_its_forward(base, tokenizer, kind, tmp_
 
 def test_a_reply_ends_at_any_end_token(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = load_model(str(base), "float32")
+    model = load(str(base), "float32")
     user, assistant = (tokenizer.convert_tokens_to_ids(x) for x in ("<|user|>", "<|assistant|>"))
     model.generation_config.eos_token_id = [user, tokenizer.eos_token_id]
     assert end_tokens(model, tokenizer) == [tokenizer.eos_token_id, user]
@@ -210,7 +223,9 @@ def test_prompts_are_those_that_training_sees(tmp_path, tokenizer):
     assert read({"prompt": chat}) == [chat]
     assert read({"chosen": chat + so, "rejected": chat + because}) == [chat]
     assert read({"prompt": "Why?", "chosen": so, "rejected": because}) == [chat]
-    with pytest.raises(DataError, match="row 1"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: .*row 1"):
+        read({"prompt": "a"}, {"prompt": chat})
+    with pytest.raises(DataError, match=r"rows\.jsonl: .*row 1"):
         read({"prompt": "a"}, {"prompt": None})
     as_chat, plain = (tokens(["Why?", "No?"], tokenizer, as_chat=x)[0] for x in (True, False))
     assert tokens([chat, "Why?", "No?"], tokenizer)[:2] == [as_chat, plain]
@@ -225,18 +240,23 @@ def test_what_to_ask_is_on_the_line_between_two_trials():
     # 0.62 lies between 0.53 and 0.85: 0.7 + 0.2 · 0.09 / 0.32
     assert "missed by 0.070. Ask the labels for 0.756" in advice(0.6, 0.02, trials)
     # beyond 0.41 and 0.53: 0.7 + 0.1 · 0.09 / 0.12
-    assert advice(0.6, 0.02, [trials[0], trials[2]]).endswith("0.775, by the line between 0.7 (written 0.530) and "
-        "0.6 (0.410), beyond both.")  # fmt: skip
+    assert advice(0.6, 0.02, [trials[0], trials[2]]).endswith("0.775, by the line between 0.6 (written 0.410) and "
+        "0.7 (0.530), beyond both.")  # fmt: skip
     assert "Train once more, asking the labels for more than 0.7" in advice(0.6, 0.02, [Trial(0.7, 0.53)])
     assert "Train once more" in advice(0.6, 0.02, [Trial(0.7, 0.53), Trial(0.7, 0.55)])
     assert "more than 1 cannot be asked" in advice(0.6, 0.02, [Trial(1.0, 0.53)])
-    assert "held by more than a standard error (0.020); nothing to ask again" in advice(0.6, 0.02, [Trial(0.7, 0.63)])
-    assert "held by less than a standard error" in advice(0.6, 0.02, [Trial(0.6, 0.5), Trial(0.7, 0.61)])
-    assert "0.700 would have been enough" in advice(0.6, 0.0, [Trial(0.6, 0.5), Trial(0.9, 0.8)])
+    held = "held by more than a standard error (0.020)"
+    assert advice(0.6, 0.02, [Trial(0.7, 0.63)]) == f"{held}; nothing to ask again."
+    assert advice(0.6, 0.02, [Trial(0.6, 0.62), Trial(0.7, 0.65)]) == f"{held}; nothing to ask again."
+    assert advice(0.6, 0.02, [Trial(0.6, 0.7), Trial(0.7, 0.65)]) == f"{held}; nothing to ask again."
+    assert "0.720 would have been enough" in advice(0.6, 0.02, [Trial(0.6, 0.5), Trial(0.8, 0.7)])
+    assert "held by no more than a standard error" in advice(0.6, 0.02, [Trial(0.6, 0.5), Trial(0.7, 0.61)])
+    assert "held by no more" in advice(0.5, 0.0, [Trial(0.6, 0.5)])  # all texts tie
     assert "as chance may" in advice(0.6, 0.02, [Trial(0.6, 0.50), Trial(0.65, 0.55)])
-    assert "falls" in advice(0.6, 0.01, [Trial(0.6, 0.55), Trial(0.7, 0.5)])
+    assert "against what was asked" in advice(0.6, 0.01, [Trial(0.6, 0.55), Trial(0.7, 0.5)])
     assert "no threshold is enough" in advice(0.6, 0.001, [Trial(0.9, 0.50), Trial(0.95, 0.51)])
-    assert "Ask the labels for 1" not in advice(1.0, 0.02, [Trial(0.9, 0.8), Trial(0.95, 0.9)])
+    assert "no threshold is enough" in advice(1.0, 0.02, [Trial(0.9, 0.8), Trial(0.95, 0.9)])
+    assert "nothing to ask again" in advice(1.0, 0.02, [Trial(0.9, 1.0)])
 
 
 def test_an_earlier_trial_of_like_texts_gives_the_line(capsys, adapter, base, prompts, tmp_path):
@@ -254,14 +274,18 @@ def test_an_earlier_trial_of_like_texts_gives_the_line(capsys, adapter, base, pr
     trials = [Trial(0.3, 0.0), Trial(0.4, now["mean"])]
     assert (code, now["advice"]) == (0, advice(0.99, now["standard_error"], trials))
     assert now["advice"] in out
+    again = shutil.copytree(base, tmp_path / "again")
     others = {
-        "drawing": ("--seed", 3),
+        "drawing": ("--dtype", "bfloat16"),
+        "base": ("--base", again),
         "prompts": ("--as-chat",),
         "scorers": ("--scorer", "friendliness"),
     }
     for said, more in others.items():
         code, _, err = run(capsys, *arguments, *more, "--before", earlier, "--output", tmp_path / "c")
-        assert (code, f"its {said} were others" in err) == (2, True)
+        assert (code, f"not the same {said}" in err) == (2, True)
+    code, _, err = run(capsys, *arguments, "--before", earlier, "--output", tmp_path / "a")
+    assert (code, "would be overwritten" in err) == (2, True)
     for changed, said in (({"mean": 7.0}, "outside [0, 1]"), ({"asked": None}, "not a compare.json")):
         write(tmp_path / "bad.json", found | {"objectives": {"brevity": row | changed}})
         code, _, err = run(capsys, *arguments, "--before", tmp_path / "bad.json", "--output", tmp_path / "c")
@@ -308,7 +332,7 @@ def test_what_is_longer_than_the_model_is_refused(capsys, base, prompts, tmp_pat
     monkeypatch.setattr(compare, "check_positions", refuse)
     code, _, err = run(capsys, base, prompts, "--base", base, *OPTIONS, "--output", tmp_path)
     assert (code, lengths) == (2, [len("Question 0?") + 6])
-    assert "max_new_tokens=6 behind the longest prompt: too long" in err
+    assert "--max-new-tokens 6 behind the longest prompt: too long" in err
 
 
 def test_a_base_of_another_vocabulary_is_refused(capsys, base, prompts, tmp_path):
