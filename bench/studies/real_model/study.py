@@ -241,7 +241,7 @@ def human(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
 
 
 def longer(rows: list[Row], seeds: Iterable[int] = SEEDS) -> Iterator[Run]:
-    """Human pairs, some two passes over them instead of a third of one."""
+    """Human pairs, nearly one pass over them instead of a fifth of one."""
     for seed in seeds:
         for name in LONGER:
             if DATA["hh-harmless"].source.exists():
