@@ -47,6 +47,15 @@ Texts = list[list[str]]  # [prompt][sample]
 
 
 @dataclass(frozen=True)
+class Models:
+    """Who is compared with whom: directories or names of causal LMs or peft adapters; the type of the weights."""
+
+    model: str
+    base: str | None = None  # what training began with; None: the base that the adapter names
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Questions:
     """Where the prompts come from, and how the models see them: the options of `mopo train`."""
 
@@ -88,33 +97,30 @@ class Trial(NamedTuple):
 
 
 def run_compare(
-    model: str,
+    models: Models,
     questions: Questions,
     wanted: Wanted,
     how: Drawing,
     *,
-    base: str | None,
     scorers: Sequence[str],
     batch_size: int,
-    dtype: str,
     output: Path,
 ) -> int:
     """Compare, print the table, write `texts.jsonl` and `compare.json` into `output`.
 
     Args:
-        model: directory or name of a causal LM, or of a peft adapter.
-        base: the model or adapter that training began with; None: the base that the adapter names.
         scorers: as `mopo train` takes them; what no scorer computes cannot be compared here.
         batch_size: texts drawn together, those of one prompt at least.
 
     Raises:
-        ValueError: no scorer, a threshold that no scorer computes, a model that is no adapter without `base`, models of
+        ValueError: no scorer, a threshold that no scorer computes, a whole model without its base, models of
             two vocabularies, fewer than two prompts, a file that is no compare.json or of other circumstances.
     """
     by_name = {name: checked(name, scorer) for name, scorer in load_scorers(scorers).items()}
     _check_names(by_name, wanted)
+    model, dtype = models.model, models.dtype
     tokenizer = _load(AutoTokenizer, model)
-    began_as = base or base_of(model)
+    began_as = models.base or base_of(model)
     if began_as is None:
         raise ValueError(f"{model} is no adapter: give --base, the model that training began with")
     if tokenizer.get_vocab() != _load(AutoTokenizer, began_as).get_vocab():
@@ -139,7 +145,7 @@ def run_compare(
 
     say = Console(markup=False, soft_wrap=True)
     say.print(f"{model} against {began_as}: {len(prompts)} prompts × {how.samples} texts")
-    if base is None:
+    if models.base is None:
         say.print("(the base that the adapter names; where training began otherwise, give --base)", style="dim")
     theirs, ours = (
         draw(load(source, dtype), tokenizer, ids, how, seed, batch_size, description)

@@ -486,18 +486,16 @@ def _compare(args: argparse.Namespace) -> int:
         asked = parse_thresholds(args.asked)
     except ValueError as error:
         raise ValueError(f"--asked: {error}") from None
-    from mopo_trainer.commands.compare import Drawing, Questions, Wanted, run_compare
+    from mopo_trainer.commands.compare import Drawing, Models, Questions, Wanted, run_compare
 
     reading = (args.split, args.adapter, args.on_bad_row, args.max_prompts, args.as_chat, args.max_prompt_length)
     return run_compare(
-        args.model,
+        Models(args.model, args.base, args.dtype),
         Questions(args.file, *reading),
         Wanted(thresholds, asked, args.before),
         Drawing(args.samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed),
-        base=args.base,
         scorers=args.scorer,
         batch_size=args.batch_size,
-        dtype=args.dtype,
         output=args.output,
     )
 
