@@ -41,6 +41,7 @@ from mopo_trainer.training.fit import check_positions, pad_token
 
 OTHER_STREAM = 2**31  # added to the seed of the base: texts that are compared must not share their draws
 DIFFER = 2 * math.sqrt(2)  # standard errors between two win rates that differ by more than chance
+UNLABELLED: dict[str, Scorer] = {"no label": lambda prompt, response: 0.0}  # prompts count, whatever their labels
 FEW_PROMPTS = 20  # below it, bootstrap intervals over prompts are too narrow
 
 Texts = list[list[str]]  # [prompt][sample]
@@ -211,7 +212,7 @@ def read_prompts(questions: Questions) -> list[Text]:
             replies = {name: [{"role": "assistant", "content": text}] for name, text in replies.items()}
         rows = [row | replies for row in rows]
     try:
-        groups = to_groups(rows, adapter=questions.adapter, on_bad_row=questions.on_bad_row)
+        groups = to_groups(rows, scorers=UNLABELLED, adapter=questions.adapter, on_bad_row=questions.on_bad_row)
     except DataError as error:
         where = "" if questions.source in str(error) else f"{questions.source}: "
         raise DataError(f"{where}{error}") from None

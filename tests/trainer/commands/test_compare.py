@@ -221,6 +221,8 @@ def test_prompts_are_those_that_training_sees(tmp_path, tokenizer):
     so, because = ([{"role": "assistant", "content": text}] for text in ("So.", "Because."))
     assert read({"prompt": "Why?"}) == ["Why?"]
     assert read({"prompt": chat}) == [chat]
+    assert read({"prompt": "Why?", "responses": ["So.", "Because."]}) == ["Why?"]  # labelled by scorers alone
+    assert read({"prompt": "Why?", "responses": ["a", "b"], "ratings": {"x": [1, 2]}}) == ["Why?"]
     assert read({"chosen": chat + so, "rejected": chat + because}) == [chat]
     assert read({"prompt": "Why?", "chosen": so, "rejected": because}) == [chat]
     with pytest.raises(DataError, match=r"rows\.jsonl: .*row 1"):
