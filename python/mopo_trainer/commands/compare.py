@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, set_seed
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from mopo_trainer.data import DataError, load_rows, plain_text, to_groups
 from mopo_trainer.data.errors import OnBadRow, one_line

@@ -296,7 +296,7 @@ def _add_demo(commands: Any) -> None:
         type=_above_zero,
         default=10.0,
         metavar="M",
-        help="how long it may take on this machine (10)",
+        help="how long it may take on this machine (default 10)",
     )
     parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each run (default: what fits)")
     parser.add_argument("--tiny", action="store_true", help="a random tiny model, seconds")
