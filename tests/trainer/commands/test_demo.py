@@ -6,11 +6,12 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 
 import pytest
+from rich.console import Console
 
 from mopo_trainer.commands import demo
-from mopo_trainer.commands.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, spread, verdict
+from mopo_trainer.commands.demo import ALONE, BASE, MOPO, OBJECTIVES, THRESHOLDS, compare, run_demo, spread
 from mopo_trainer.commands.demo_budget import Journal, Rates, Sizes, describe, fit
-from mopo_trainer.report.evaluate import Interval
+from mopo_trainer.report.evaluate import Interval, verdict
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,18 @@ def test_a_demo_that_was_stopped_goes_on_with_its_choice(tmp_path, monkeypatch, 
     rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert [row[ALONE] for row in rows] == journal["done"][ALONE]["texts"]
     assert not (tmp_path / "progress.json").exists()
+
+
+def test_the_base_draws_by_a_seed_of_its_own(tmp_path, monkeypatch):
+    """Texts that are compared must not share their draws; the two trained models, compared with it alone, may."""
+    seeds = []
+    monkeypatch.setattr(demo, "_sample", lambda *arguments: seeds.append(arguments[-1]))
+    monkeypatch.setattr(demo, "_train", lambda run, model, *rest: (model, [], []))
+    run = demo.Run(tmp_path, Console(quiet=True), tiny=True, seed=7)
+    for name, thresholds in ((BASE, None), (ALONE, {}), (MOPO, THRESHOLDS)):
+        demo._stage(run, name, thresholds, None, [], demo.TINY)
+    base, alone, mopo = seeds
+    assert alone == mopo != base
 
 
 def test_another_demo_does_not_go_on_with_it(tmp_path):
