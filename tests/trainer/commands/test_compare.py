@@ -101,7 +101,9 @@ def test_the_file_holds_the_win_rates_of_the_texts(capsys, adapter, prompts, tmp
     assert row["standard_error"] == pytest.approx(by_prompt.std().item() / math.sqrt(3))
     assert by_prompt.min() <= row["low"] <= row["mean"] <= row["high"] <= by_prompt.max()
     assert (row["threshold"], row["asked"]) == (0.6, 0.7)
-    assert row["verdict"] == ("met" if row["mean"] >= 0.6 else row["verdict"])
+    assert row["verdict"] == (
+        "met" if row["mean"] >= 0.6 else "missed" if row["high"] < 0.6 else "missed within the interval"
+    )
     for side, place in (("model", 0), ("base", 1)):
         words = [n for both in lengths for n in both[place]]
         assert found["texts"][side]["words"] == pytest.approx(sum(words) / 9)
@@ -173,7 +175,7 @@ def test_draws_are_from_the_model_s_distribution(base, tokenizer, monkeypatch):
     seen = torch.tensor([token for (token,) in generated[:2000]]).bincount(minlength=len(expected)) / 2000
     assert (seen - expected).abs().max() < 0.04
     assert 0.1 < expected.max() < 0.9
-    assert ((seen > 0).sum() > 50) == ((expected > 1e-3).sum() > 50)  # nothing is cut off
+    assert (seen > 0).sum() > 50  # nothing is cut off
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "prompt tuning"])
